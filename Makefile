@@ -1,0 +1,36 @@
+# Everything runs from .venv, which `make setup` builds with nothing but Python and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+TESTS ?= tests
+
+.PHONY: demo test lint types check bench setup clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ehub needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: setup  ## load real embeddings and search them, from Python and from SQL
+	$(BIN)/ehub demo
+
+test: setup  ## the tests, on the embedded Postgres or on EHUB_TEST_DATABASE_URL
+	$(BIN)/pytest $(TESTS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test
+
+bench: setup  ## side by side with raw hnswlib; needs FILE=glove.txt
+	$(BIN)/python tests/bench/bench.py $(FILE)
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist

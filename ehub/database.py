@@ -1,0 +1,194 @@
+"""Connections to Postgres, and the one place where the driver's errors become ehub's."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import threading
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import psycopg
+from psycopg import errors as pg
+from psycopg_pool import ConnectionPool, PoolTimeout
+
+from ehub import errors
+from ehub.binary import VectorDumper, VectorParameter
+from ehub.config import Target
+from ehub.embedded import EmbeddedPostgres
+
+Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
+
+SCHEMA_REVISION = "0001"
+"""The Alembic revision that this release works with."""
+
+# Raised by the functions in sql/, which describe the value themselves.
+_OWN_ERRORS: dict[str, type[errors.EhubError]] = {
+    "EH001": errors.SpaceNotFoundError,
+    "EH002": errors.SpaceExistsError,
+    "EH003": errors.InvalidNameError,
+    "EH004": errors.InvalidVectorError,
+    "EH005": errors.InvalidValueError,
+    "EH006": errors.InvalidKeyError,
+    "EH007": errors.InvalidMetadataError,
+    "EH008": errors.KeyNotFoundError,
+}
+
+
+class Database:
+    """A pool of connections to one database, for short work, and single ones for long work.
+
+    Connections are in autocommit mode; a transaction is opened where one is meant. They are made
+    when they are needed: creating a ``Database`` sends nothing.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._embedded = EmbeddedPostgres(target.data_dir) if target.conninfo is None else None
+        self._pool: ConnectionPool[Connection] | None = None
+        self._mutex = threading.Lock()
+        self._closed = False
+
+    @property
+    def embedded(self) -> EmbeddedPostgres | None:
+        """The embedded server, or None where the database is somebody else's."""
+        return self._embedded
+
+    def conninfo(self) -> str:
+        """Return libpq's connection string; starts the embedded server where it does not run.
+
+        It may hold a password: not for logs.
+        """
+        if self._embedded is not None:
+            return self._embedded.conninfo()
+        assert self.target.conninfo is not None  # noqa: S101 - else it is embedded
+        return self.target.conninfo
+
+    def connect(self) -> Connection:
+        """Open a connection of one's own, in autocommit mode, without any timeout of the role's.
+
+        Raises:
+            UnavailableError: Postgres cannot be reached.
+        """
+        with mapped():
+            connection = psycopg.connect(self.conninfo(), autocommit=True)
+            _configure(connection)
+            connection.execute(
+                "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0;"
+                " SET idle_session_timeout = 0; SET search_path = pg_catalog"
+            )
+            return connection
+
+    @contextlib.contextmanager
+    def connection(self, space: str | None = None) -> Iterator[Connection]:
+        """Lend a connection of the pool; ``space`` is named in errors.
+
+        Raises:
+            EhubError: what the driver raised inside, as :func:`mapped` translates it.
+        """
+        with mapped(space):
+            with self._open_pool().connection() as connection:
+                yield connection
+
+    def installed(self) -> tuple[str | None, str | None]:
+        """Return the revision of the ehub schema, and the digest of its functions.
+
+        Raises:
+            UnavailableError: Postgres cannot be reached.
+        """
+        with contextlib.closing(self.connect()) as connection, mapped():
+            return installed(connection)
+
+    def close(self) -> None:
+        """Close the pool and leave the embedded server. Safe to call twice."""
+        with self._mutex:
+            self._closed = True
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.close()
+        if self._embedded is not None:
+            self._embedded.release()
+
+    def _open_pool(self) -> ConnectionPool[Connection]:
+        pool = self._pool
+        if pool is not None:
+            return pool
+        with self._mutex:
+            if self._closed:
+                raise errors.UnavailableError("this hub is closed; connect again")
+            if self._pool is None:
+                self._pool = ConnectionPool(
+                    self.conninfo,
+                    kwargs={"autocommit": True},
+                    min_size=0,
+                    max_size=16,
+                    num_workers=1,
+                    check=_check_alive,
+                    configure=_configure,
+                    name="ehub",
+                    open=True,
+                )
+            return self._pool
+
+
+@contextlib.contextmanager
+def mapped(space: str | None = None) -> Iterator[None]:
+    """Translate the driver's errors into ehub's, chained to their cause."""
+    try:
+        yield
+    except PoolTimeout as error:
+        raise errors.UnavailableError("no connection to Postgres could be had in time") from error
+    except psycopg.Error as error:
+        raise _translate(error, space) from error
+
+
+def installed(connection: Connection) -> tuple[str | None, str | None]:
+    """Return what ``ehub migrate`` left: the schema's revision, and the digest of its functions."""
+    row = connection.execute("SELECT to_regclass('ehub.migration') IS NOT NULL").fetchone()
+    if row != (True,):
+        return None, None
+    row = connection.execute(
+        "SELECT (SELECT version_num FROM ehub.migration),"
+        " (SELECT value FROM ehub.setting WHERE name = 'sql_digest')"
+    ).fetchone()
+    return (None, None) if row is None else (row[0], row[1])
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a driver's error means that the connection, and not the statement, failed."""
+    if not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+        return False
+    state = error.sqlstate
+    return state is None or state.startswith(("08", "57P"))
+
+
+def _translate(error: psycopg.Error, space: str | None) -> errors.EhubError:
+    text = error.diag.message_primary or str(error).strip() or type(error).__name__
+    if error.diag.message_hint:
+        text = f"{text} ({error.diag.message_hint})"
+    own = _OWN_ERRORS.get(error.sqlstate or "")
+    if own is not None:
+        return own(text)
+    if isinstance(error, pg.UndefinedTable) and space is not None:
+        return errors.SpaceNotFoundError(f"there is no space {space!r}")
+    if isinstance(error, pg.UndefinedTable | pg.UndefinedFunction | pg.InvalidSchemaName):
+        return errors.SchemaError(f"{text}: has `ehub migrate` been run?")
+    where = "" if space is None else f"space {space!r}: "
+    if isinstance(error, pg.InsufficientPrivilege):
+        return errors.AccessDeniedError(where + text)
+    if is_lost(error):
+        return errors.UnavailableError(f"Postgres cannot be reached: {text}")
+    return errors.DatabaseError(where + text)
+
+
+def _check_alive(connection: Connection) -> None:
+    """Refuse a pooled connection whose server is gone, without asking the server.
+
+    An idle connection has nothing to say; one that is readable holds the server's farewell.
+    """
+    if connection.closed or select.select([connection], [], [], 0)[0]:
+        raise psycopg.OperationalError("the connection was lost while it was idle")
+
+
+def _configure(connection: Connection) -> None:
+    connection.adapters.register_dumper(VectorParameter, VectorDumper)

@@ -1,0 +1,109 @@
+"""Every error that ehub raises.
+
+::
+
+    EhubError
+    ├── ConfigurationError (ValueError)      a setting, a URL or a choice that cannot work
+    ├── DependencyError (ImportError)        an optional package is not installed
+    ├── NotFoundError (KeyError)
+    │   ├── SpaceNotFoundError
+    │   └── KeyNotFoundError
+    ├── SpaceExistsError (ValueError)
+    ├── InvalidValueError (ValueError)
+    │   ├── InvalidNameError                 the name of a space
+    │   ├── InvalidKeyError
+    │   ├── InvalidVectorError               wrong dims, NaN, infinity, zero under cosine
+    │   ├── InvalidMetadataError
+    │   └── InvalidFileError                 a file of embeddings that cannot be read
+    ├── IndexFileError                       an index file that is damaged or foreign
+    ├── WaitTimeoutError (TimeoutError)
+    └── DatabaseError                        what Postgres refused for another reason
+        ├── UnavailableError (ConnectionError)
+        ├── SchemaError                      not migrated, or migrated by another release
+        └── AccessDeniedError (PermissionError)
+
+Where Python has a word for an error, the error is that too: an unknown key is a ``KeyError``, a
+bad value a ``ValueError``.
+"""
+
+from __future__ import annotations
+
+
+class EhubError(Exception):
+    """The root: ``except ehub.EhubError`` catches whatever ehub raises on purpose."""
+
+
+class ConfigurationError(EhubError, ValueError):
+    """A setting, URL or choice that cannot work."""
+
+
+class DependencyError(EhubError, ImportError):
+    """An optional package is missing; the message says how to install it."""
+
+
+class NotFoundError(EhubError, KeyError):
+    """Something that was asked for by name is not there."""
+
+    # KeyError shows repr(message); a sentence reads better as it is.
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class SpaceNotFoundError(NotFoundError):
+    """No space of that name."""
+
+
+class KeyNotFoundError(NotFoundError):
+    """No embedding under that key."""
+
+
+class SpaceExistsError(EhubError, ValueError):
+    """A space of that name is there already."""
+
+
+class InvalidValueError(EhubError, ValueError):
+    """A value that ehub refuses; nothing was changed."""
+
+
+class InvalidNameError(InvalidValueError):
+    """A space name that is not 1 to 40 letters, digits, ``_``, ``-`` or ``.``."""
+
+
+class InvalidKeyError(InvalidValueError):
+    """A key that is not a string of 1 to 1024 bytes without NUL."""
+
+
+class InvalidVectorError(InvalidValueError):
+    """An embedding or query that has the wrong dims or no distance to anything."""
+
+
+class InvalidMetadataError(InvalidValueError):
+    """Metadata that is not a JSON object."""
+
+
+class InvalidFileError(InvalidValueError):
+    """A file of embeddings that cannot be read; the message names the line or row."""
+
+
+class IndexFileError(EhubError):
+    """An index file that is damaged, foreign or of an unknown format."""
+
+
+class WaitTimeoutError(EhubError, TimeoutError):
+    """What was waited for did not happen in time."""
+
+
+class DatabaseError(EhubError):
+    """Postgres refused a statement; the message is Postgres' own."""
+
+
+class UnavailableError(DatabaseError, ConnectionError):
+    """Postgres cannot be reached, or the connection was lost."""
+
+
+class SchemaError(DatabaseError):
+    """The database holds no ehub schema, or that of another release."""
+
+
+class AccessDeniedError(DatabaseError, PermissionError):
+    """The role may not do that."""

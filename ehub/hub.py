@@ -1,0 +1,183 @@
+"""The way in: a database, its spaces, and the indexes of this process."""
+
+from __future__ import annotations
+
+import operator
+import os
+from types import TracebackType
+from typing import Any, SupportsIndex
+
+from ehub import config, resources
+from ehub.database import SCHEMA_REVISION, Database
+from ehub.errors import ConfigurationError, InvalidNameError, InvalidValueError, SchemaError
+from ehub.replica import Replica
+from ehub.space import Space
+from ehub.types import IndexPlace, Metric
+
+
+class Hub:
+    """The spaces of one database. Use :func:`ehub.connect` to get one.
+
+    A hub holds a pool of connections and, once neighbours were asked for, indexes that follow the
+    database. :meth:`close` (or ``with``) saves them; the end of the process does too.
+    """
+
+    def __init__(self, database: Database, index: IndexPlace = "local") -> None:
+        self._database = database
+        self._replica = Replica(database) if index == "local" else None
+
+    def create_space(
+        self,
+        name: str,
+        dims: SupportsIndex,
+        metric: Metric = "l2",
+        *,
+        M: int = 16,
+        ef_construction: int = 200,
+        target_recall: float = 0.95,
+    ) -> Space:
+        """Make a space for vectors of ``dims`` numbers.
+
+        ``metric`` is ``l2`` (Euclidean), ``cosine`` or ``ip`` (negative inner product). ``M`` and
+        ``ef_construction`` are HNSW's build parameters; ``target_recall`` is the share of the true
+        10 nearest that a search is to find: the index measures which ``ef`` reaches it.
+
+        Raises:
+            InvalidNameError: not 1 to 40 letters, digits, ``_``, ``-`` or ``.``.
+            InvalidValueError: another value; the message names it and its limits.
+            SpaceExistsError: there is one of that name.
+        """
+        if not isinstance(name, str) or "\0" in name:
+            raise InvalidNameError(f"a space's name is a string without NUL, not {name!r}")
+        parameters = [
+            name,
+            _whole("dims", dims),
+            str(metric),
+            _whole("M", M),
+            _whole("ef_construction", ef_construction),
+            float(target_recall),
+        ]
+        with self._database.connection() as connection:
+            connection.execute(
+                "SELECT ehub.create_space(%s, %s::int, %s, %s::int, %s::int, %s)", parameters
+            )
+        return self.get_space(name)
+
+    def get_space(self, name: str) -> Space:
+        """Return a handle on a space.
+
+        Raises:
+            SpaceNotFoundError: there is none of that name.
+        """
+        return Space(name, self._database, self._replica)
+
+    def spaces(self) -> list[Space]:
+        """Return handles on all spaces, by name."""
+        with self._database.connection() as connection:
+            names = connection.execute("SELECT space FROM ehub.catalogue ORDER BY space").fetchall()
+        return [self.get_space(name) for (name,) in names]
+
+    def delete_space(self, name: str) -> None:
+        """Delete a space with all its rows; waits for transactions that use it.
+
+        Raises:
+            SpaceNotFoundError: there is none of that name.
+            DatabaseError: something else in the database, a view for example, depends on it.
+        """
+        with self._database.connection(name) as connection:
+            connection.execute("SELECT ehub.delete_space(%s)", [name])
+        if self._replica is not None:
+            self._replica.refresh()
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return the rows of the view ``ehub.status``: every space and every copy of its index."""
+        with self._database.connection() as connection:
+            cursor = connection.execute("SELECT * FROM ehub.status")
+            names = [column.name for column in cursor.description or ()]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    @property
+    def conninfo(self) -> str:
+        """Libpq's connection string, for psycopg or psql. It may hold a password."""
+        return self._database.conninfo()
+
+    def close(self) -> None:
+        """Save the indexes, stop following, close the connections. Safe to call twice."""
+        if self._replica is not None:
+            self._replica.close()
+        self._database.close()
+
+    def __enter__(self) -> Hub:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Hub: {self._database.target.describe()}>"
+
+
+def connect(
+    url: str | None = None,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    index: IndexPlace = "local",
+) -> Hub:
+    """Connect to a database.
+
+    ``url`` is ``postgresql://user@host/database``, or any connection string of libpq. Without one:
+    ``EHUB_DATABASE_URL``, then libpq's own variables (``PGHOST`` …), then the embedded Postgres in
+    ``data_dir`` (``EHUB_DATA_DIR``, else the user's data directory), which ``"embedded"`` names
+    outright; its schema is made or upgraded on the way. Index files live in that folder too.
+
+    ``index="local"``: searches are answered by indexes in this process, which follow the database;
+    ``"none"``: by Postgres, exactly, which suits a single query.
+
+    Raises:
+        ConfigurationError: the URL cannot be read.
+        UnavailableError: the database cannot be reached.
+        SchemaError: it has no ehub schema, or that of another release: run ``ehub migrate``.
+        DependencyError: the embedded Postgres is meant and not installed.
+    """
+    if index not in ("local", "none"):
+        raise ConfigurationError(f"index is 'local' or 'none', not {index!r}")
+    database = Database(config.resolve(url, data_dir))
+    try:
+        revision, digest = database.installed()
+        if database.embedded is not None:
+            # It is ehub's own. SQLAlchemy and Alembic are loaded only where there is work for them.
+            if (revision, digest) != (SCHEMA_REVISION, resources.sql_digest()):
+                from ehub.migrate import migrate
+
+                migrate(database)
+        elif revision != SCHEMA_REVISION:
+            raise _schema_error(database.target.describe(), revision)
+    except BaseException:
+        database.close()
+        raise
+    return Hub(database, index)
+
+
+def _schema_error(where: str, revision: str | None) -> SchemaError:
+    if revision is None:
+        return SchemaError(
+            f"{where} has no ehub schema yet: run `ehub migrate URL` as a role that may create "
+            "schemas and extensions there"
+        )
+    return SchemaError(
+        f"{where} has revision {revision} of the ehub schema, this release needs "
+        f"{SCHEMA_REVISION}: run `ehub migrate URL`, or install the release that fits"
+    )
+
+
+def _whole(name: str, value: SupportsIndex) -> int:
+    try:
+        # Larger than Postgres' integer is too large for every limit that it checks.
+        return max(min(operator.index(value), 2**31 - 1), -(2**31))
+    except TypeError:
+        raise InvalidValueError(f"{name} is a whole number, not {value!r}") from None

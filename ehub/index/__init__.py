@@ -1,0 +1,7 @@
+"""The index: a graph, its files, its calibration. Knows no Postgres."""
+
+from ehub.index.calibrate import Calibration, calibrate
+from ehub.index.hnsw import Found, HnswIndex
+from ehub.index.store import IndexStore, Manifest
+
+__all__ = ["Calibration", "Found", "HnswIndex", "IndexStore", "Manifest", "calibrate"]

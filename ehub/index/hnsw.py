@@ -1,0 +1,419 @@
+"""One HNSW graph with string keys: many readers or one writer, and changes that appear at once.
+
+Method: Malkov and Yashunin, "Efficient and robust approximate nearest neighbor search using
+Hierarchical Navigable Small World graphs", 2016, in the implementation of hnswlib 0.8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import hnswlib  # type: ignore[import-untyped]
+import numpy as np
+from numpy.typing import NDArray
+
+from ehub.index.calibrate import Calibration
+from ehub.types import Matrix, Metric, Vector
+
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# Rows added while readers wait: a few tens of milliseconds of work.
+_ADD_BATCH = 64
+_BUILD_BATCH = 4096
+_EXACT_BATCH = 8192
+_SLACK = 1.05
+
+
+class Found(NamedTuple):
+    """The answer to one query: keys and distances, nearest first."""
+
+    keys: list[str]
+    distances: list[float]
+
+
+class _Graph(Protocol):
+    """The part of hnswlib.Index that is used here."""
+
+    ef: int
+
+    def init_index(self, max_elements: int, M: int, ef_construction: int) -> None: ...
+    def load_index(self, path_to_index: str, max_elements: int) -> None: ...
+    def save_index(self, path_to_index: str) -> None: ...
+    def index_file_size(self) -> int: ...
+    def resize_index(self, new_size: int) -> None: ...
+    def get_max_elements(self) -> int: ...
+    def get_current_count(self) -> int: ...
+    def add_items(self, data: Matrix, ids: NDArray[np.uint64], num_threads: int) -> None: ...
+    def mark_deleted(self, label: int) -> None: ...
+    def get_items(self, ids: NDArray[np.uint64]) -> Matrix: ...
+    def knn_query(
+        self, data: Matrix, k: int, num_threads: int
+    ) -> tuple[NDArray[np.uint64], NDArray[np.float32]]: ...
+
+
+class HnswIndex:
+    """An approximate index over embeddings of one length and metric.
+
+    A row is a label of the graph, and a label is never used twice: an update adds a new label and
+    marks the old one deleted (hnswlib's own update is several times slower, and its reuse of
+    deleted labels loses some). Changes are staged first: their labels are in the graph but not in
+    any answer until :meth:`publish` shows all of them, and hides what they replace, at one moment.
+
+    Args:
+        dims: the length of the vectors.
+        metric: what distance means.
+        M: the links of a node; ``ef_construction``: the candidates kept while linking.
+        capacity: room for so many rows at first; it grows by itself.
+    """
+
+    def __init__(
+        self, dims: int, metric: Metric, M: int = 16, ef_construction: int = 200, capacity: int = 0
+    ) -> None:
+        self.dims = dims
+        self.metric: Metric = metric
+        self._graph: _Graph = hnswlib.Index(_space(metric), dims)
+        self._graph.init_index(max(capacity, 64), M, ef_construction)
+        self._lock = _ReadWriteLock()
+        # The key of each label; "" where the row was deleted or replaced.
+        self._keys: list[str] = []
+        self._labels: dict[str, int] = {}
+        # Labels from here on are staged.
+        self._visible = 0
+        self._tombstones = 0
+        self.calibration = Calibration.untried()
+
+    # --- reading
+
+    def __len__(self) -> int:
+        """Count the rows that answers come from."""
+        return len(self._labels)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._labels
+
+    @property
+    def tombstones(self) -> int:
+        """Labels in the graph that are deleted: they cost time and memory until a rebuild."""
+        return self._tombstones
+
+    @property
+    def memory(self) -> int:
+        """The bytes that the graph takes, roughly: its serialised size."""
+        return self._graph.index_file_size()
+
+    def keys(self) -> list[str]:
+        """All keys, in no order."""
+        return list(self._labels)
+
+    def vector(self, key: str) -> Vector | None:
+        """Return the stored vector of a key (of length 1 under cosine), None if there is none."""
+        with self._lock.read():
+            label = self._labels.get(key)
+            return None if label is None else self._stored([label])[0]
+
+    def search(self, queries: Matrix, k: int, threads: int | None = None) -> list[Found] | None:
+        """Find the ``k`` nearest of each query, float32 of shape ``(n, dims)``, by the graph.
+
+        Finds as many as there are where there are fewer than ``k``. None means that the graph
+        could not answer (deletions have cut parts of it off): ask :meth:`exact` or the database.
+        """
+        self._require(queries)
+        if self.metric == "cosine":
+            queries = _unit(queries)
+        with self._lock.read():
+            wanted = min(k, len(self._labels))
+            if not wanted:
+                return [Found([], []) for _ in queries]
+            # hnswlib searches with max(ef, k): asking for more raises ef for this call alone.
+            ef = self.calibration.ef_for(wanted)
+            asked = wanted if ef <= self._graph.ef else ef
+            live = self._graph.get_current_count() - self._tombstones
+            # Staged rows may stand before visible ones; then more must be asked for.
+            staged = live - len(self._labels)
+            asked = min(asked + min(staged, wanted), live)
+            found = self._query(queries, asked, threads)
+            if found is None and asked > wanted:
+                # Fewer than that can be reached; enough may be.
+                asked = wanted
+                found = self._query(queries, asked, threads)
+            while found is not None and staged and asked < live:
+                if ((found[0] < self._visible).sum(axis=1) >= wanted).all():
+                    break
+                asked = min(asked * 4, live)
+                found = self._query(queries, asked, threads)
+            if found is None:
+                return None
+            labels, distances = found
+            return self._answers(labels, self._distances(distances), wanted, bool(staged))
+
+    def exact(self, queries: Matrix, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Find the nearest ``k`` of each query among all rows, by comparing all of them.
+
+        Returns labels and the graph's own distances, each of shape ``(n, min(k, rows))``.
+        """
+        self._require(queries)
+        if self.metric == "cosine":
+            queries = _unit(queries)
+        with self._lock.read():
+            labels = np.fromiter(self._labels.values(), np.int64, len(self._labels))
+        k = min(k, len(labels))
+        best = np.empty((len(queries), 0), np.int64)
+        nearest = np.empty((len(queries), 0), np.float32)
+        for start in range(0, len(labels), _EXACT_BATCH):
+            # Between batches writers have their turn, and may delete what was listed.
+            with self._lock.read():
+                part = np.array(
+                    [label for label in labels[start : start + _EXACT_BATCH] if self._keys[label]],
+                    np.int64,
+                )
+                rows = self._stored(part)
+            distances = self._compare(queries, rows)
+            best = np.hstack([best, np.broadcast_to(part, distances.shape)])
+            nearest = np.hstack([nearest, distances])
+            if best.shape[1] > k:
+                keep = np.argpartition(nearest, k - 1, axis=1)[:, :k]
+                best = np.take_along_axis(best, keep, axis=1)
+                nearest = np.take_along_axis(nearest, keep, axis=1)
+        order = np.argsort(nearest, axis=1, kind="stable")
+        return np.take_along_axis(best, order, axis=1), np.take_along_axis(nearest, order, axis=1)
+
+    def sample(self, n: int, seed: int = 0) -> tuple[NDArray[np.int64], Matrix]:
+        """Draw up to ``n`` rows: their labels, and their vectors by row."""
+        with self._lock.read():
+            labels = np.fromiter(self._labels.values(), np.int64, len(self._labels))
+            if len(labels) > n:
+                labels = np.random.default_rng(seed).choice(labels, n, replace=False)
+            return labels, self._stored(labels)
+
+    def labels_found(self, queries: Matrix, k: int, ef: int) -> NDArray[np.int64]:
+        """Search at a given ``ef`` and return labels: what calibration compares."""
+        with self._lock.read():
+            live = self._graph.get_current_count() - self._tombstones
+            # As in `search`: a larger k is a larger ef, whatever the graph's own setting.
+            found = self._query(queries, min(max(k, ef), live), THREADS)
+            if found is None:
+                return np.empty((len(queries), 0), np.int64)
+            return found[0][:, :k].astype(np.int64)
+
+    # --- changing
+
+    def add(self, keys: Sequence[str], vectors: Matrix) -> None:
+        """Stage rows; ``vectors`` is float32 of shape ``(len(keys), dims)``.
+
+        Each key at most once between two calls of :meth:`publish`. Readers have their turn
+        between small batches.
+        """
+        self._require(vectors)
+        if self.metric == "cosine":
+            vectors = _unit(vectors)
+        # Nobody reads an index that has published nothing.
+        size = _ADD_BATCH if self._visible else _BUILD_BATCH
+        for start in range(0, len(keys), size):
+            with self._lock.write():
+                self._reserve(min(size, len(keys) - start))
+                part = keys[start : start + size]
+                labels = np.arange(len(self._keys), len(self._keys) + len(part), dtype=np.uint64)
+                # The labels are taken first: even one that fails is never used again.
+                self._keys.extend(part)
+                self._graph.add_items(vectors[start : start + size], labels, num_threads=THREADS)
+
+    def publish(self, deleted: Collection[str] = ()) -> None:
+        """Show the staged rows and hide what they replace and ``deleted``, at one moment."""
+        with self._lock.write():
+            for key in deleted:
+                self._bury(self._labels.pop(key, None))
+            for label in range(self._visible, len(self._keys)):
+                key = self._keys[label]
+                self._bury(self._labels.get(key))
+                self._labels[key] = label
+            self._visible = len(self._keys)
+
+    def discard(self) -> None:
+        """Forget what was staged and not published."""
+        with self._lock.write():
+            for label in range(self._visible, len(self._keys)):
+                # A batch that failed may have added only some of its rows.
+                with contextlib.suppress(RuntimeError):
+                    self._bury(label)
+                self._keys[label] = ""
+            self._visible = len(self._keys)
+
+    def differing(self, keys: Sequence[str], vectors: Matrix) -> NDArray[np.bool_]:
+        """Say for each row whether the index lacks it or holds another vector for its key."""
+        if self.metric == "cosine":
+            vectors = _unit(vectors)
+        with self._lock.read():
+            labels = np.array([self._labels.get(key, -1) for key in keys], np.int64)
+            differs = labels < 0
+            known = np.flatnonzero(~differs)
+            if len(known):
+                stored = self._stored(labels[known])
+                differs[known] = (stored != vectors[known]).any(axis=1)
+            return differs
+
+    def calibrated(self, calibration: Calibration) -> None:
+        """Search with what a calibration found."""
+        with self._lock.write():
+            self.calibration = calibration
+            self._graph.ef = calibration.ef
+
+    # --- files
+
+    def save(self, path: Path) -> None:
+        """Write the graph to ``path``; nothing may be staged or changed meanwhile.
+
+        hnswlib holds the interpreter while it writes, and says nothing when it fails.
+        """
+        self._graph.save_index(str(path))
+
+    def labelled_keys(self) -> list[str]:
+        """Return the key of each label, "" where it was deleted: what :meth:`load` needs."""
+        return self._keys
+
+    @classmethod
+    def load(
+        cls, path: Path, dims: int, metric: Metric, keys: list[str], calibration: Calibration
+    ) -> HnswIndex:
+        """Read what :meth:`save` wrote. A damaged file can crash the process: check it before."""
+        index = cls.__new__(cls)
+        index.dims, index.metric = dims, metric
+        index._graph = hnswlib.Index(_space(metric), dims)
+        index._graph.load_index(str(path), max_elements=_with_slack(len(keys)))
+        index._lock = _ReadWriteLock()
+        index._keys = keys
+        index._labels = {key: label for label, key in enumerate(keys) if key}
+        index._visible = len(keys)
+        index._tombstones = index._graph.get_current_count() - len(index._labels)
+        index.calibrated(calibration)
+        return index
+
+    # --- inside
+
+    def _require(self, vectors: Matrix) -> None:
+        # hnswlib reads whatever memory follows a vector that is too short.
+        if vectors.ndim != 2 or vectors.shape[1] != self.dims or vectors.dtype != np.float32:
+            raise ValueError(f"float32 of shape (n, {self.dims}) is needed, not {vectors.shape}")
+
+    def _reserve(self, n: int) -> None:
+        needed = len(self._keys) + n
+        if needed > self._graph.get_max_elements():
+            self._graph.resize_index(max(_with_slack(needed), len(self._keys) * 3 // 2))
+
+    def _bury(self, label: int | None) -> None:
+        if label is not None:
+            self._graph.mark_deleted(label)
+            self._keys[label] = ""
+            self._tombstones += 1
+
+    def _query(
+        self, queries: Matrix, k: int, threads: int | None
+    ) -> tuple[NDArray[np.uint64], NDArray[np.float32]] | None:
+        try:
+            return self._graph.knn_query(
+                queries, k=k, num_threads=threads or (1 if len(queries) == 1 else THREADS)
+            )
+        except RuntimeError:
+            # Fewer than k could be reached.
+            return None
+
+    def _stored(self, labels: Any) -> Matrix:
+        return self._graph.get_items(np.asarray(labels, np.uint64))
+
+    def _compare(self, queries: Matrix, rows: Matrix) -> NDArray[np.float32]:
+        products: NDArray[np.float32] = queries @ rows.T
+        if self.metric != "l2":
+            return 1 - products
+        distances = -2 * products
+        distances += np.einsum("ij,ij->i", rows, rows)[None]
+        distances += np.einsum("ij,ij->i", queries, queries)[:, None]
+        return distances
+
+    def _distances(self, distances: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Translate the graph's distances into pgvector's, which are float64."""
+        wide = distances.astype(np.float64)
+        if self.metric == "l2":
+            return np.sqrt(wide)
+        if self.metric == "cosine":
+            # Rounding can take the product of two unit vectors past 1.
+            return np.clip(wide, 0, 2)
+        return wide - 1
+
+    def _answers(
+        self, labels: NDArray[np.uint64], distances: NDArray[np.float64], k: int, staged: bool
+    ) -> list[Found]:
+        keys = self._keys
+        if not staged:
+            return [
+                Found([keys[label] for label in row], near)
+                for row, near in zip(labels[:, :k].tolist(), distances[:, :k].tolist(), strict=True)
+            ]
+        answers = []
+        for row, near in zip(labels.tolist(), distances.tolist(), strict=True):
+            pairs = [
+                (keys[label], distance)
+                for label, distance in zip(row, near, strict=True)
+                if label < self._visible
+            ][:k]
+            answers.append(Found([key for key, _ in pairs], [distance for _, distance in pairs]))
+        return answers
+
+
+class _ReadWriteLock:
+    """Many readers or one writer; a writer that waits goes before readers that come later."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition(threading.Lock())
+        self._readers = 0
+        self._writing = False
+        self._waiting = 0
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[None]:
+        with self._condition:
+            while self._writing or self._waiting:
+                self._condition.wait()
+            self._readers += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._readers -= 1
+                if not self._readers:
+                    self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[None]:
+        with self._condition:
+            self._waiting += 1
+            try:
+                while self._writing or self._readers:
+                    self._condition.wait()
+                self._writing = True
+            finally:
+                self._waiting -= 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._writing = False
+                self._condition.notify_all()
+
+
+def _space(metric: Metric) -> str:
+    # Cosine is the inner product of vectors that were normalised here.
+    return "l2" if metric == "l2" else "ip"
+
+
+def _unit(vectors: Matrix) -> Matrix:
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+    unit: Matrix = (vectors / norms[:, None]).astype(np.float32)
+    return unit
+
+
+def _with_slack(rows: int) -> int:
+    return int(rows * _SLACK) + 64

@@ -1,0 +1,283 @@
+"""Index files: written whole or not at all, and believed only after a check.
+
+A folder holds one saved index: ``manifest.json`` names the files of the graph and of its keys, with
+their sizes and checksums. Every save writes new files, syncs them, and renames a new manifest over
+the old one; that rename is the moment at which the new index counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+import uuid
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, cast
+
+from ehub.errors import IndexFileError
+from ehub.index.calibrate import Calibration
+from ehub.index.hnsw import HnswIndex
+from ehub.types import Metric
+
+_FORMAT = 1
+_CHUNK = 1 << 22
+# A save writes some 300 MB/s; a child that takes longer than this is stuck.
+_CHILD_SECONDS = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a saved index is.
+
+    Attributes:
+        name: the part of its file names that belongs to this save.
+        build: the parameters that the graph was built with; others need another graph.
+        watermark: the state of the database that it equals, as text.
+        nonce: names this save in what was acknowledged to the database.
+        rows: its rows.
+        calibration: what was measured about it.
+        sizes: bytes, by file name; ``checksums``: CRC-32, by file name.
+    """
+
+    name: str
+    build: dict[str, Any]
+    watermark: str
+    nonce: str
+    rows: int
+    calibration: Calibration
+    sizes: dict[str, int]
+    checksums: dict[str, int]
+
+
+class IndexStore:
+    """The folder of one index.
+
+    One process at a time owns it and may save; others may load.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: IO[bytes] | None = None
+
+    def own(self) -> bool:
+        """Try to become the process that saves here; True if it is this one."""
+        if self._lock is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("ab")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                return False
+            self._lock = lock
+        return True
+
+    def release(self) -> None:
+        """Let another process save here."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def identity(self) -> uuid.UUID:
+        """Return the id that the owner of this folder goes by, the same after a restart."""
+        path = self.folder / "id"
+        with contextlib.suppress(OSError, ValueError):
+            return uuid.UUID(path.read_text().strip())
+        made = uuid.uuid4()
+        _write_synced(path, str(made).encode())
+        return made
+
+    def manifest(self) -> Manifest | None:
+        """Return what is saved here, None if nothing is.
+
+        Raises:
+            IndexFileError: the manifest is damaged or of another format.
+        """
+        path = self.folder / "manifest.json"
+        try:
+            outer = json.loads(path.read_bytes())
+            body = outer["manifest"]
+            if zlib.crc32(_canonical(body)) != outer["checksum"]:
+                raise IndexFileError(f"{path} is damaged: its checksum does not fit")
+            if body.pop("format") != _FORMAT:
+                raise IndexFileError(f"{path} was written by another release")
+            body["calibration"] = Calibration.from_dict(body["calibration"])
+            return Manifest(**body)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IndexFileError(f"{path} cannot be read: {error}") from error
+
+    def load(self, manifest: Manifest) -> HnswIndex:
+        """Read the saved index, after checking size and checksum of every file.
+
+        Raises:
+            IndexFileError: a file is missing or damaged.
+        """
+        try:
+            for name, size in manifest.sizes.items():
+                path = self.folder / name
+                if path.stat().st_size != size or _checksum(path) != manifest.checksums[name]:
+                    raise IndexFileError(f"{path} is damaged: its size or checksum does not fit")
+            keys_file, graph_file = _file_names(manifest.name)
+            keys = (self.folder / keys_file).read_bytes().decode().split("\0")
+            # An index without rows has no keys, and splitting yields one that is empty.
+            keys = keys if manifest.sizes[keys_file] or manifest.rows else []
+            build = manifest.build
+            return HnswIndex.load(
+                self.folder / graph_file,
+                int(build["dims"]),
+                cast("Metric", build["metric"]),
+                keys,
+                manifest.calibration,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise IndexFileError(f"{self.folder} cannot be read: {error}") from error
+
+    def begin_save(
+        self, index: HnswIndex, build: dict[str, Any], watermark: str
+    ) -> Callable[[], Manifest]:
+        """Take the state of an index, of which nothing may be staged, and return how to finish.
+
+        The state is that of this call: a forked process writes it while searches and changes go
+        on (hnswlib holds the interpreter while it writes). Where there is no fork to rely on, it
+        is written here and now. Call the result to wait for the files, sync them and make them
+        count; it returns the new manifest, and the one before stays until then.
+
+        Raises:
+            IndexFileError: from here or from the result: the disk is full, the folder is gone, or
+                another process owns it.
+        """
+        if self._lock is None:
+            raise IndexFileError(f"{self.folder} is saved to by another process")
+        name = uuid.uuid4().hex
+        keys_file, graph_file = _file_names(name)
+        graph_path = self.folder / graph_file
+        keys = list(index.labelled_keys())
+        size, rows, calibration = index.memory, len(index), index.calibration
+        child = _fork(lambda: index.save(graph_path))
+        if child is None:
+            index.save(graph_path)
+
+        def finish() -> Manifest:
+            try:
+                if child is not None:
+                    _wait(child)
+                if not graph_path.exists() or graph_path.stat().st_size != size:
+                    raise IndexFileError(
+                        f"{graph_path} could not be written whole; is the disk full?"
+                    )
+                _sync(graph_path)
+                blob = "\0".join(keys).encode()
+                _write_synced(self.folder / keys_file, blob)
+                manifest = Manifest(
+                    name=name,
+                    build=build,
+                    watermark=watermark,
+                    nonce=str(uuid.uuid4()),
+                    rows=rows,
+                    calibration=calibration,
+                    sizes={keys_file: len(blob), graph_file: size},
+                    checksums={keys_file: zlib.crc32(blob), graph_file: _checksum(graph_path)},
+                )
+                body = {"format": _FORMAT, **dataclasses.asdict(manifest)}
+                outer = {"manifest": body, "checksum": zlib.crc32(_canonical(body))}
+                _write_synced(self.folder / "manifest.json", json.dumps(outer, indent=1).encode())
+            except OSError as error:
+                raise IndexFileError(f"{self.folder} cannot be written: {error}") from error
+            finally:
+                self._sweep()
+            return manifest
+
+        return finish
+
+    def delete(self) -> None:
+        """Remove what is saved; the folder itself stays while others look at it."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove the files that no manifest names: those of the save before, or of a crash."""
+        with contextlib.suppress(OSError, IndexFileError):
+            manifest = self.manifest()
+            named = set(manifest.sizes) if manifest else set()
+            for path in self.folder.iterdir():
+                if path.suffix in (".hnsw", ".keys", ".new") and path.name not in named:
+                    path.unlink(missing_ok=True)
+
+
+def _file_names(name: str) -> tuple[str, str]:
+    return f"{name}.keys", f"{name}.hnsw"
+
+
+def _canonical(body: dict[str, Any]) -> bytes:
+    return json.dumps(body, sort_keys=True).encode()
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    """Write a file under another name, sync it, rename it, and sync the folder."""
+    temporary = path.with_name(f"{uuid.uuid4().hex}.new")
+    temporary.write_bytes(data)
+    _sync(temporary)
+    temporary.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fork(work: Callable[[], object]) -> int | None:
+    """Do some work in a child process, which has the memory as it is now; None if there is none.
+
+    The child touches nothing but the graph and its file, and leaves without cleaning up after a
+    process that it is not.
+    """
+    if not sys.platform.startswith("linux"):
+        return None
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forking beside threads: the child must take no lock of theirs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _wait(child: int) -> None:
+    deadline = time.monotonic() + _CHILD_SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            if status:
+                raise IndexFileError(f"the process that saves an index ended with status {status}")
+            return
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise IndexFileError("the process that saves an index was stuck")

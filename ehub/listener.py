@@ -1,0 +1,103 @@
+"""The doorbell: a connection that does nothing but LISTEN, and a wait that can be cut short."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+
+import psycopg
+
+from ehub.database import Connection, Database
+
+CHANNEL = "ehub"
+# The class and object of the advisory lock that says "somebody sleeps" (sql/change.sql).
+_SLEEPER = (0x65687562, 1)
+
+
+class Listener:
+    """Waits for changes on behalf of one thread, which also owns the ``worker`` connection.
+
+    A sleeper must be rung, and only a sleeper is: going to sleep takes an advisory lock that
+    writers look at. The lock stands on the worker connection, because statements on a connection
+    that listens can swallow its notifications.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._connection: Connection | None = None
+        self._asleep = False
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
+
+    def connect(self) -> None:
+        """(Re)connect and listen. What was rung meanwhile is lost: read the log afterwards.
+
+        Raises:
+            UnavailableError: Postgres cannot be reached.
+        """
+        self.disconnect()
+        self._connection = self._database.connect()
+        self._connection.execute(f"LISTEN {CHANNEL}")
+
+    def disconnect(self) -> None:
+        """Drop the connection, and with it the claim to be rung."""
+        self._asleep = False
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    @property
+    def asleep(self) -> bool:
+        """Whether every change rings."""
+        return self._asleep
+
+    def fall_asleep(self, worker: Connection) -> bool:
+        """Ask to be rung for every change from now on; read the log once more before waiting.
+
+        False if a writer is in the middle of something, or another replica sleeps in this one's
+        stead: then wait a little while only.
+        """
+        if not self._asleep:
+            row = worker.execute("SELECT pg_try_advisory_lock(%s, %s)", _SLEEPER).fetchone()
+            self._asleep = row == (True,)
+        return self._asleep
+
+    def wake_up(self, worker: Connection) -> None:
+        """Say that the log is being read anyway."""
+        if self._asleep:
+            worker.execute("SELECT pg_advisory_unlock(%s, %s)", _SLEEPER)
+            self._asleep = False
+
+    def wait(self, worker: Connection | None, seconds: float) -> bool:
+        """Wait for the bell or :meth:`interrupt`; True if one of them came in time.
+
+        Raises:
+            psycopg.OperationalError: a connection was lost.
+        """
+        sources: list[socket.socket | Connection] = [self._receiver]
+        sources += [c for c in (self._connection, worker) if c is not None and not c.closed]
+        ready, _, _ = select.select(sources, [], [], max(seconds, 0))
+        if self._receiver in ready:
+            with contextlib.suppress(BlockingIOError):
+                while self._receiver.recv(4096):
+                    pass
+        if worker is not None and worker in ready:
+            # It was idle: all that it can have to say is that it is gone.
+            raise psycopg.OperationalError("the connection was lost while it was idle")
+        if self._connection is not None and self._connection in ready:
+            for _ in self._connection.notifies(timeout=0):
+                pass
+        return bool(ready)
+
+    def interrupt(self) -> None:
+        """End the wait of the other thread, or its next one. Safe from any thread."""
+        with contextlib.suppress(BlockingIOError):
+            self._sender.send(b"!")
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.disconnect()
+        self._receiver.close()
+        self._sender.close()

@@ -1,0 +1,113 @@
+"""Bring a database to the schema of this release.
+
+Tables change by Alembic's revisions; functions, triggers and views are replaced whole from
+``sql/`` every time. All of it is one transaction.
+"""
+
+from __future__ import annotations
+
+import alembic.command
+import alembic.config
+import alembic.script
+import psycopg
+import sqlalchemy
+from psycopg import sql
+
+from ehub import resources
+from ehub.database import Connection, Database, installed, mapped
+from ehub.errors import SchemaError
+
+_MINIMUM_POSTGRES = 15
+_MINIMUM_PGVECTOR = (0, 7)
+# 'ehub' in ASCII, the class of all of ehub's advisory locks; the trigger's doorbell is object 1.
+_LOCK = (0x65687562, 2)
+
+
+def migrate(database: Database) -> bool:
+    """Create or upgrade the ehub schema; returns whether anything was to be done.
+
+    Needs the right to create schemas, and extension ``vector`` or the right to create it.
+    Concurrent calls wait for each other.
+
+    Raises:
+        SchemaError: Postgres or pgvector is too old or missing, or the schema is a newer one.
+    """
+    engine = sqlalchemy.create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: psycopg.connect(database.conninfo()),
+        poolclass=sqlalchemy.NullPool,
+    )
+    with mapped():
+        try:
+            with engine.connect() as connection, connection.begin():
+                return _migrate(connection)
+        except sqlalchemy.exc.DBAPIError as error:
+            # SQLAlchemy wraps the driver's error, which `mapped` knows.
+            raise (error.orig or error) from error
+
+
+def head() -> str:
+    """Return the newest revision among the migrations of this release."""
+    found = alembic.script.ScriptDirectory.from_config(_alembic()).get_current_head()
+    if found is None:
+        raise SchemaError("this installation of ehub has lost its migrations; install it again")
+    return found
+
+
+def _migrate(connection: sqlalchemy.Connection) -> bool:
+    driver: Connection = connection.connection.driver_connection  # type: ignore[assignment]
+    driver.execute("SELECT pg_advisory_xact_lock(%s, %s)", _LOCK)
+    digest = resources.sql_digest()
+    if installed(driver) == (head(), digest):
+        return False
+    vector_schema = _require_pgvector(driver)
+    driver.execute("CREATE SCHEMA IF NOT EXISTS ehub")
+    config = _alembic()
+    config.attributes["connection"] = connection
+    try:
+        alembic.command.upgrade(config, "head")
+    except alembic.util.CommandError as error:
+        raise SchemaError(f"the ehub schema is of another release: {error}") from error
+    quoted = sql.Identifier(vector_schema).as_string(driver)
+    for file in resources.sql_files():
+        # Like an extension's script: pgvector is called by its schema, wherever that is.
+        driver.execute(file.read_text().replace("@vector@", quoted).encode())
+    driver.execute(
+        "INSERT INTO ehub.setting VALUES ('sql_digest', %s)"
+        " ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value",
+        [digest],
+    )
+    return True
+
+
+def _require_pgvector(driver: Connection) -> str:
+    """Create extension vector where it is missing, and return its schema."""
+    if driver.info.server_version < _MINIMUM_POSTGRES * 10000:
+        raise SchemaError(f"ehub needs PostgreSQL {_MINIMUM_POSTGRES} or newer")
+    query = (
+        "SELECT n.nspname, e.extversion FROM pg_extension e"
+        " JOIN pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'"
+    )
+    row = driver.execute(query).fetchone()
+    if row is None:
+        known = driver.execute("SELECT FROM pg_available_extensions WHERE name = 'vector'")
+        if known.fetchone() is None:
+            raise SchemaError("pgvector is not installed on this server; ehub needs it")
+        driver.execute("CREATE EXTENSION vector")
+        row = driver.execute(query).fetchone()
+    assert row is not None  # noqa: S101 - it has just been created
+    schema, version = row
+    if tuple(int(part) for part in version.split(".")[:2]) < _MINIMUM_PGVECTOR:
+        raise SchemaError(
+            f"pgvector {version} is too old, ehub needs 0.7: ALTER EXTENSION vector UPDATE"
+        )
+    return str(schema)
+
+
+def _alembic() -> alembic.config.Config:
+    config = alembic.config.Config()
+    config.set_main_option(
+        "script_location", str(resources.folder("migrations")).replace("%", "%%")
+    )
+    config.set_main_option("path_separator", "os")
+    return config

@@ -1,0 +1,176 @@
+"""SQLAlchemy models of schema ``ehub``: what Alembic migrates and an ORM may read.
+
+Rows are written by the functions in ``sql/`` alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    ForeignKey,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.types import UserDefinedType
+
+
+class PgSnapshot(UserDefinedType[str]):
+    """Postgres' ``pg_snapshot``, as its text."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        """Name the type for DDL."""
+        return "pg_snapshot"
+
+
+class Xid8(UserDefinedType[int]):
+    """Postgres' 64-bit transaction id, as its text."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        """Name the type for DDL."""
+        return "xid8"
+
+
+class Base(DeclarativeBase):
+    """The base of all models of schema ``ehub``."""
+
+    metadata = MetaData(
+        schema="ehub",
+        naming_convention={
+            "pk": "%(table_name)s_pkey",
+            "uq": "%(table_name)s_%(column_0_N_name)s_key",
+            "fk": "%(table_name)s_%(column_0_N_name)s_fkey",
+            "ck": "%(table_name)s_%(constraint_name)s_check",
+            "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+        },
+    )
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own way to say it
+        int: BigInteger,
+        str: Text,
+        float: DOUBLE_PRECISION,
+        datetime.datetime: TIMESTAMP(timezone=True),
+    }
+
+
+class Space(Base):
+    """A named set of embeddings: what an application asks by name."""
+
+    __tablename__ = "space"
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    current_version_id: Mapped[int | None] = mapped_column(
+        ForeignKey("ehub.version.id", deferrable=True, initially="DEFERRED", use_alter=True)
+    )
+    created_at: Mapped[datetime.datetime] = mapped_column(server_default=func.now())
+
+    versions: Mapped[list[Version]] = relationship(
+        back_populates="space", foreign_keys="Version.space_id", viewonly=True
+    )
+
+
+class Version(Base):
+    """One generation of a space, with its own dims, metric and data table ``ehub_data.v<id>``."""
+
+    __tablename__ = "version"
+    __table_args__ = (
+        UniqueConstraint("space_id", "name"),
+        CheckConstraint("dims BETWEEN 1 AND 16000", "dims"),
+        CheckConstraint("metric IN ('l2', 'cosine', 'ip')", "metric"),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    space_id: Mapped[int] = mapped_column(ForeignKey(Space.id, ondelete="CASCADE"))
+    name: Mapped[str]
+    dims: Mapped[int] = mapped_column(Integer)
+    metric: Mapped[str]
+    created_at: Mapped[datetime.datetime] = mapped_column(server_default=func.now())
+
+    space: Mapped[Space] = relationship(
+        back_populates="versions", foreign_keys=space_id, viewonly=True
+    )
+    indexes: Mapped[list[SearchIndex]] = relationship(back_populates="version", viewonly=True)
+
+
+class SearchIndex(Base):
+    """What an HNSW graph over a version is to be like; its copies are replicas."""
+
+    __tablename__ = "index"
+    __table_args__ = (
+        CheckConstraint("m BETWEEN 2 AND 128", "m"),
+        CheckConstraint("ef_construction BETWEEN 4 AND 4096", "ef_construction"),
+        CheckConstraint("target_recall BETWEEN 0.5 AND 0.999", "target_recall"),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey(Version.id, ondelete="CASCADE"), unique=True)
+    m: Mapped[int] = mapped_column(Integer)
+    ef_construction: Mapped[int] = mapped_column(Integer)
+    target_recall: Mapped[float]
+
+    version: Mapped[Version] = relationship(back_populates="indexes", viewonly=True)
+
+
+class Replica(Base):
+    """One copy of an index in one place: what it last acknowledged and said of itself."""
+
+    __tablename__ = "replica"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    index_id: Mapped[int] = mapped_column(
+        ForeignKey(SearchIndex.id, ondelete="CASCADE"), primary_key=True
+    )
+    place: Mapped[str]
+    state: Mapped[str]
+    watermark: Mapped[str] = mapped_column(PgSnapshot)
+    nonce: Mapped[uuid.UUID]
+    acknowledged_at: Mapped[datetime.datetime] = mapped_column(
+        server_default=func.clock_timestamp()
+    )
+    applied: Mapped[str] = mapped_column(PgSnapshot)
+    reported_at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+    expires_at: Mapped[datetime.datetime]
+    rows: Mapped[int]
+    tombstones: Mapped[int] = mapped_column(server_default=text("0"))
+    ef: Mapped[int | None] = mapped_column(Integer)
+    recall: Mapped[float | None]
+    memory: Mapped[int | None]
+    last_error: Mapped[str | None]
+
+
+class Setting(Base):
+    """Facts about this installation of ehub."""
+
+    __tablename__ = "setting"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
+change = Table(
+    "change",
+    Base.metadata,
+    Column("version_id", BigInteger, nullable=False),
+    Column("xid", Xid8, nullable=False, server_default=text("pg_current_xact_id()")),
+    Column("keys", ARRAY(Text)),
+    # Replicas ask for the transactions of a version that their watermark does not see.
+    Index("change_version_id_xid_idx", "version_id", "xid"),
+)
+"""The change log: which keys each transaction changed; ``keys`` is null where all did."""

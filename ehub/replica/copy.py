@@ -1,0 +1,595 @@
+"""One index here: what answers, what it equals, and the work that keeps it so."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import psycopg
+
+from ehub.database import Connection, Database
+from ehub.errors import EhubError, IndexFileError
+from ehub.index import HnswIndex, IndexStore, calibrate
+from ehub.replica.log import (
+    Behind,
+    Entry,
+    acknowledged_nonce,
+    changed_keys,
+    estimated_rows,
+    read_rows,
+    repeatable_read,
+    stream_rows,
+    take_snapshot,
+)
+from ehub.types import Matrix
+from ehub.watermark import Watermark
+
+_log = logging.getLogger(__name__)
+
+_SAVE_SECONDS = 300.0
+_ACKNOWLEDGE_SECONDS = 30.0
+_REPORT_SECONDS = 10.0
+# A saved index is worth its log for a day; one that lives in memory has to show that it lives.
+_SAVED_LEASE = "1 day"
+_MEMORY_LEASE = "5 minutes"
+
+# A backlog from here on is a job.
+_LARGE_BACKLOG = 5000
+_BUILD_BATCH = 4096
+# Tombstones cost searches some 15 % at a fifth of the graph.
+_REBUILD_TOMBSTONES = 0.2
+_RECALIBRATE_CHANGES = 0.2
+_FEW = 1000
+
+
+class State(enum.StrEnum):
+    """What a copy of an index is doing."""
+
+    LOADING = "loading"
+    BUILDING = "building"
+    COMPARING = "comparing"
+    READY = "ready"
+    FAILED = "failed"
+
+
+class Progress(NamedTuple):
+    """How far the work on an index is.
+
+    Attributes:
+        state: what is being done.
+        done: rows that are done; ``total``: rows in all, 0 while that is unknown.
+        error: the last failure, None if there was none.
+    """
+
+    state: State
+    done: int
+    total: int
+    error: str | None
+
+
+class _Stopped(Exception):  # noqa: N818 - control flow, not an error
+    """The process is leaving; a job ends where it is."""
+
+
+@dataclasses.dataclass
+class Fresh:
+    """An index that a job has made, and the watermark that it equals."""
+
+    index: HnswIndex
+    watermark: Watermark
+    # Whether a file on disk holds just this.
+    saved: bool = False
+    # Keys applied since the acknowledged watermark, and those to read again.
+    applied: set[str] = dataclasses.field(default_factory=set)
+    redo: set[str] = dataclasses.field(default_factory=set)
+
+
+@dataclasses.dataclass
+class Shared:
+    """What the copies of one replica share with its thread."""
+
+    database: Database
+    interrupt: Callable[[], None]
+    changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
+    connected: bool = False
+    stopping: bool = False
+    # Counts connections: what was read through an earlier one may have been undone.
+    epoch: int = 0
+
+
+class Copy:
+    """One index here. The replica's thread owns it; a job only what it was given."""
+
+    def __init__(self, entry: Entry, folder: Path, shared: Shared) -> None:
+        self.entry = entry
+        self._shared = shared
+        self.store = IndexStore(folder)
+        # Only the owner of the folder goes by its name and saves; others live in memory alone.
+        self.owner = False
+        self.id = uuid.uuid4()
+        self.state = State.LOADING
+        self.index: HnswIndex | None = None
+        self.watermark: Watermark | None = None
+        self.fresh: Fresh | None = None
+        self.job: str | None = None
+        self.error: str | None = None
+        self.done = self.total = 0
+        # No new job before, no reading of the table before.
+        self.retry_at = 0.0
+        self.blocked_until = 0.0
+        self.failures = 0
+        # The last cycle that brought it to its snapshot.
+        self.brought = 0
+        # Whether its graph could not answer.
+        self.suspect = False
+        self._dropped = False
+        self._thread: threading.Thread | None = None
+
+        # What was acknowledged, and the keys applied since: after a lost connection the log is
+        # read again from there, and so are these keys.
+        self.acknowledged: Watermark | None = None
+        self.nonce: uuid.UUID | None = None
+        self.unacknowledged: set[str] = set()
+        self.redo: set[str] = set()
+
+        # Whether what was acknowledged is a rebuild's, while another index answers.
+        self.mixed = False
+        self.unsaved = False
+        self.saved_at = time.monotonic()
+        self.acknowledged_at = time.monotonic()
+        self.reported_at = 0.0
+        self.reported: list[object] = []
+        self.unmeasured = 0
+
+    @property
+    def _lease(self) -> str:
+        return _SAVED_LEASE if self.owner else _MEMORY_LEASE
+
+    @property
+    def _place(self) -> str:
+        where = self.store.folder if self.owner else f"process {os.getpid()}"
+        return f"{socket.gethostname()} {where}"
+
+    def serving(self) -> bool:
+        """Whether it may answer."""
+        return self.state is State.READY and self.index is not None and self.watermark is not None
+
+    def resume(self, worker: Connection) -> None:
+        """Go back to what was acknowledged, over a new connection.
+
+        The server may have crashed or failed over, and then it uses transaction ids again that the
+        watermark takes for seen.
+        """
+        if self.acknowledged is None:
+            return
+        with self._shared.changed:
+            nonce = acknowledged_nonce(worker, self.id, self.entry.index_id)
+            if nonce != self.nonce or self.mixed:
+                _log.warning("space %r: this is not the state it knew; comparing", self.entry.space)
+                self.watermark = self.nonce = None
+                return
+            if self.index is not None:
+                self.redo |= self.unacknowledged
+                self.watermark = self.acknowledged
+            if self.fresh is not None:
+                self.fresh.redo |= self.fresh.applied
+                self.fresh.watermark = self.acknowledged
+
+    def bring(self, worker: Connection, snapshot: Watermark, trimmed: int, cycle: int) -> bool:
+        """Bring one index to the snapshot; True if its table had changed."""
+        index, watermark, redo = self.index, self.watermark, self.redo
+        fresh = self.fresh
+        if time.monotonic() < self.blocked_until:
+            return False
+        if fresh is not None and self.nonce is None:
+            # Made from a state that the database has lost since.
+            self.index, self.fresh, self.watermark = fresh.index, None, None
+            return True
+        if fresh is not None and self.job is None:
+            index, watermark, redo = fresh.index, fresh.watermark, fresh.redo
+        else:
+            fresh = None
+        if index is None:
+            self._submit("open", self._open)
+            return False
+        if self.job in ("catch up", "compare"):
+            return False
+        if watermark is None:
+            self.state = State.COMPARING
+            self._submit("compare", self._compare, index)
+            return False
+        try:
+            keys = changed_keys(worker, self.entry, watermark, redo, trimmed)
+        except Behind as why:
+            _log.info("space %r: %s; building its index anew", self.entry.space, why)
+            self.state = State.BUILDING
+            self.index = self.fresh = None
+            self._submit("rebuild", self._build)
+            return True
+        if len(keys) > _LARGE_BACKLOG:
+            if not self._submit("catch up", self._catch_up, fresh):
+                # Another job goes on; to read so many keys again and again would not help it.
+                self.blocked_until = time.monotonic() + 0.5
+            return True
+        if keys:
+            _apply(index, keys, read_rows(worker, self.entry, keys))
+        if fresh is not None:
+            self._adopt(fresh)
+        self._applied(keys)
+        self.redo = set()
+        self.watermark = snapshot
+        self.brought = cycle
+        return bool(keys) or fresh is not None
+
+    def _adopt(self, fresh: Fresh) -> None:
+        """Answer from an index that a job has made, from the watermark that was acknowledged."""
+        self.index, self.fresh = fresh.index, None
+        self.unacknowledged = set(fresh.applied)
+        self.unmeasured = len(fresh.applied)
+        self.mixed = False
+        self.unsaved = not fresh.saved or bool(fresh.applied)
+        self.saved_at = time.monotonic() if fresh.saved else float("-inf")
+        self.state = State.READY
+        self.error = None
+        self.failures = 0
+
+    def _applied(self, keys: set[str]) -> None:
+        self.unacknowledged |= keys
+        self.unmeasured += len(keys)
+        self.unsaved |= bool(keys)
+
+    # --- between cycles
+
+    def look_after(self, worker: Connection) -> None:
+        """Do what is due: a job, an acknowledgement, a report."""
+        now = time.monotonic()
+        index, watermark = self.index, self.watermark
+        if index is not None and watermark is not None and self.serving():
+            rows = max(len(index), _FEW)
+            if self.suspect or index.tombstones > _REBUILD_TOMBSTONES * rows:
+                if self._submit("rebuild", self._build):
+                    self.suspect = False
+            elif self.unmeasured > _RECALIBRATE_CHANGES * rows:
+                if self._submit("measure", self._measure, index):
+                    self.unmeasured = 0
+            elif self.owner and self.unsaved and now - self.saved_at > _SAVE_SECONDS:
+                self._begin_save(index, watermark)
+            elif not self.owner and now - self.acknowledged_at > _ACKNOWLEDGE_SECONDS:
+                if self.job is None and watermark != self.acknowledged:
+                    self._acknowledge(worker, watermark, uuid.uuid4())
+                    self.unacknowledged = set()
+                    self.mixed = False
+        self._report(worker, now)
+
+    def _report(self, worker: Connection, now: float) -> None:
+        watermark, index = self.watermark or self.acknowledged, self.index
+        if watermark is None or self.acknowledged is None:
+            return
+        age = now - self.reported_at
+        # A new state is told at once, numbers now and then, and a sign of life before the lease
+        # ends.
+        if self.reported[:1] == [str(self.state)] and age < _REPORT_SECONDS:
+            return
+        values: list[object] = [
+            str(self.state),
+            len(index) if index else 0,
+            index.tombstones if index else 0,
+            index.calibration.ef if index else None,
+            index.calibration.recall if index else None,
+            index.memory if index else None,
+            self.error,
+        ]
+        if values == self.reported and age < (3600 if self.owner else 60):
+            return
+        self.reported_at, self.reported = now, values
+        kept = worker.execute(
+            "SELECT ehub.report(%s, %s, %s, %s, %s, %s, %s, %s, %s, %s::text::pg_snapshot,"
+            " %s::text::interval)",
+            [self.id, self.entry.index_id, *values, str(watermark), self._lease],
+        ).fetchone()
+        if kept == (False,):
+            # The lease ran out, or the space is being deleted: the log may be gone.
+            self.watermark = self.nonce = None
+
+    def _begin_save(self, index: HnswIndex, watermark: Watermark) -> None:
+        if self.job is not None:
+            return
+        before, self.unacknowledged = self.unacknowledged, set()
+        self.unsaved = False
+        self.saved_at = time.monotonic()
+        finish = self.store.begin_save(index, self.entry.build_parameters(), str(watermark))
+
+        def save() -> None:
+            try:
+                manifest = finish()
+                with self._shared.database.connection() as connection:
+                    self._acknowledge(connection, watermark, uuid.UUID(manifest.nonce))
+                self.mixed = False
+            except BaseException:
+                self.unacknowledged |= before
+                self.unsaved = True
+                raise
+
+        self._submit("save", save)
+
+    def leave(self) -> None:
+        """Save the last state, so that the next start has little to do. No job may be under way."""
+        index, watermark = self.index, self.watermark
+        with contextlib.suppress(EhubError, psycopg.Error):
+            with self._shared.database.connection() as connection:
+                if not self.owner:
+                    connection.execute(
+                        "SELECT ehub.forget_replica(%s, %s)", [self.id, self.entry.index_id]
+                    )
+                elif index is not None and watermark is not None and self.serving():
+                    if self.unsaved:
+                        finish = self.store.begin_save(
+                            index, self.entry.build_parameters(), str(watermark)
+                        )
+                        self._acknowledge(connection, watermark, uuid.UUID(finish().nonce))
+                    self.reported = []
+                    self._report(connection, time.monotonic())
+
+    def drop(self, *, delete: bool) -> None:
+        """Give up the folder; ``delete`` also what is saved there."""
+        self._dropped = True
+        if delete and self.owner:
+            with contextlib.suppress(OSError):
+                self.store.delete()
+        self.store.release()
+
+    def join(self) -> None:
+        """Wait for the job that is under way, after the replica was told to stop."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _acknowledge(self, connection: Connection, watermark: Watermark, nonce: uuid.UUID) -> None:
+        connection.execute(
+            "SELECT ehub.acknowledge(%s, %s, %s, %s::text::pg_snapshot, %s, %s,"
+            " %s::text::interval)",
+            [
+                self.id,
+                self.entry.index_id,
+                self._place,
+                str(watermark),
+                nonce,
+                len(self.index) if self.index else 0,
+                self._lease,
+            ],
+        )
+        self.acknowledged, self.nonce = watermark, nonce
+        self.acknowledged_at = time.monotonic()
+
+    # --- jobs
+
+    def _submit(self, name: str, work: Callable[..., None], *values: object) -> bool:
+        """Start a job; False if another one is under way, or the last one has just failed."""
+        if self.job is not None or time.monotonic() < self.retry_at:
+            return False
+        self.job = name
+
+        def run() -> None:
+            try:
+                work(*values)
+            except (_Stopped, Behind):
+                # The next cycle sees for itself that it is behind.
+                pass
+            except Exception as error:
+                self.failures += 1
+                self.error = f"{name}: {error}"
+                self.retry_at = time.monotonic() + min(0.5 * 2**self.failures, 60)
+                if self.index is None:
+                    self.state = State.FAILED
+                _log.warning(
+                    "space %r: index: %s",
+                    self.entry.space,
+                    self.error,
+                    exc_info=not isinstance(error, EhubError | psycopg.Error | OSError),
+                )
+            finally:
+                self.job = None
+                with self._shared.changed:
+                    self._shared.changed.notify_all()
+                self._shared.interrupt()
+
+        self._thread = threading.Thread(target=run, name=f"ehub-{name}", daemon=True)
+        self._thread.start()
+        return True
+
+    def _open(self) -> None:
+        """Load the saved index if it is of use, else build one."""
+        entry, store = self.entry, self.store
+        self.state = State.LOADING
+        try:
+            self.owner = store.own()
+            if self.owner:
+                self.id = store.identity()
+            manifest = store.manifest()
+            index = None
+            if manifest is not None and manifest.build == entry.build_parameters():
+                index = store.load(manifest)
+        except IndexFileError as error:
+            _log.warning("space %r: %s; building the index anew", entry.space, error)
+            manifest = index = None
+        if manifest is None or index is None:
+            self._build()
+            return
+        watermark = Watermark.parse(manifest.watermark)
+        with contextlib.closing(self._shared.database.connect()) as connection:
+            nonce = acknowledged_nonce(connection, store.identity(), entry.index_id)
+            known = nonce == uuid.UUID(manifest.nonce)
+            if known and self.owner:
+                self.acknowledged, self.nonce = watermark, nonce
+            elif known:
+                self._acknowledge(connection, watermark, uuid.uuid4())
+            # Asked after the lease is there: from then on nobody trims above it.
+            known = known and take_snapshot(connection)[1] <= watermark.xmin
+        if known:
+            self.fresh = Fresh(index, watermark, saved=True)
+        else:
+            _log.info("space %r: the saved index is not as of a known state", entry.space)
+            self.state = State.COMPARING
+            self._compare(index)
+
+    def _build(self) -> None:
+        """Build an index from the whole table, as of one snapshot."""
+        entry = self.entry
+        if self.index is None:
+            self.state = State.BUILDING
+        with _Spool(self.store.folder, entry.dims) as spool:
+            watermark = self._stream(spool.write)
+            index = HnswIndex(
+                entry.dims, entry.metric, entry.m, entry.ef_construction, capacity=spool.rows
+            )
+            self.done, self.total = 0, spool.rows
+            for keys, vectors in spool.batches():
+                self._check_stopped()
+                index.add(keys, vectors)
+                self.done += len(keys)
+                with self._shared.changed:
+                    self._shared.changed.notify_all()
+        index.publish()
+        index.calibrated(calibrate(index, entry.target_recall))
+        self.fresh = Fresh(index, watermark)
+
+    def _compare(self, index: HnswIndex) -> None:
+        """Make an index equal to the whole table, where it is not known what changed."""
+        present: set[str] = set()
+
+        def compare(keys: list[str], vectors: Matrix) -> None:
+            present.update(keys)
+            differs = np.flatnonzero(index.differing(keys, vectors))
+            index.add([keys[row] for row in differs], vectors[differs])
+
+        try:
+            watermark = self._stream(compare)
+            index.publish(set(index.keys()) - present)
+        except BaseException:
+            index.discard()
+            raise
+        index.calibrated(calibrate(index, self.entry.target_recall))
+        self.index = None
+        self.fresh = Fresh(index, watermark)
+
+    def _catch_up(self, fresh: Fresh | None) -> None:
+        """Apply a large backlog, to the index that answers or to one that is about to."""
+        entry = self.entry
+        state: Copy | Fresh = self if fresh is None else fresh
+        index, epoch = state.index, self._shared.epoch
+        if index is None or state.watermark is None:
+            return
+        with _Spool(self.store.folder, entry.dims) as spool:
+            with contextlib.closing(self._shared.database.connect()) as connection:
+                with repeatable_read(connection):
+                    snapshot, trimmed = take_snapshot(connection)
+                    keys = changed_keys(connection, entry, state.watermark, state.redo, trimmed)
+                    for part, vectors in read_rows(connection, entry, keys):
+                        self._check_stopped()
+                        spool.write(part, vectors)
+            self.done, self.total = 0, spool.rows
+
+            def batches() -> Iterator[tuple[list[str], Matrix]]:
+                for part, vectors in spool.batches():
+                    self._check_stopped()
+                    yield part, vectors
+                    self.done += len(part)
+
+            _apply(index, keys, batches())
+        with self._shared.changed:
+            if fresh is None:
+                self._applied(keys)
+            else:
+                fresh.applied |= keys
+            if epoch == self._shared.epoch and self._shared.connected:
+                state.redo = set()
+                state.watermark = snapshot
+            else:
+                # What was read may have been undone by a crash.
+                state.redo |= keys
+
+    def _measure(self, index: HnswIndex) -> None:
+        index.calibrated(calibrate(index, self.entry.target_recall))
+
+    def _stream(self, receive: Callable[[list[str], Matrix], None]) -> Watermark:
+        """Read the whole table in one snapshot, and take a lease of the log from there on."""
+        entry = self.entry
+        with contextlib.closing(self._shared.database.connect()) as connection:
+            while True:
+                with repeatable_read(connection):
+                    snapshot, _ = take_snapshot(connection)
+                    self.done, self.total = 0, estimated_rows(connection, entry)
+                    with self._shared.database.connection() as other:
+                        self._acknowledge(other, snapshot, uuid.uuid4())
+                        self.unacknowledged = set()
+                        self.mixed = self.index is not None
+                        trimmed = take_snapshot(other)[1]
+                    if trimmed > snapshot.xmin:
+                        continue
+                    for keys, vectors in stream_rows(connection, entry):
+                        self._check_stopped()
+                        receive(keys, vectors)
+                        self.done += len(keys)
+                    return snapshot
+
+    def _check_stopped(self) -> None:
+        if self._shared.stopping or self._dropped:
+            raise _Stopped
+
+
+class _Spool:
+    """Rows on disk, so that a long build holds neither a transaction nor twice the memory."""
+
+    def __init__(self, folder: Path, dims: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
+        self._dims = dims
+        self._keys: list[str] = []
+
+    @property
+    def rows(self) -> int:
+        return len(self._keys)
+
+    def write(self, keys: list[str], vectors: Matrix) -> None:
+        self._keys += keys
+        self._file.write(vectors.tobytes())
+
+    def batches(self) -> Iterator[tuple[list[str], Matrix]]:
+        self._file.seek(0)
+        for start in range(0, len(self._keys), _BUILD_BATCH):
+            keys = self._keys[start : start + _BUILD_BATCH]
+            data = self._file.read(len(keys) * self._dims * 4)
+            yield keys, np.frombuffer(data, np.float32).reshape(len(keys), self._dims)
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _apply(index: HnswIndex, keys: set[str], rows: Iterable[tuple[list[str], Matrix]]) -> None:
+    """Make an index equal to the table for ``keys``, which have these rows, at one moment."""
+    absent = set(keys)
+    try:
+        for part, vectors in rows:
+            absent.difference_update(part)
+            # Metadata may have changed and the vector not: that is nothing to an index.
+            differs = np.flatnonzero(index.differing(part, vectors))
+            if len(differs):
+                index.add([part[row] for row in differs], vectors[differs])
+        index.publish(absent)
+    except BaseException:
+        index.discard()
+        raise

@@ -1,0 +1,318 @@
+"""Keeps a set of HNSW indexes equal to Postgres.
+
+One thread reads the change log in cycles. A cycle is one REPEATABLE READ transaction with snapshot
+S: the log rows that S sees and an index's watermark W does not name the keys that changed; their
+current rows are read in the same transaction, applied, shown at one moment, and W becomes S. So at
+every moment an index equals its table as of W, whatever order transactions committed in, and a key
+that is read twice does no harm. The bell (``ehub/listener.py``) makes cycles prompt; polling makes
+them certain.
+
+What takes long (loading, building, large backlogs, saving, measuring) is a job on a thread of its
+own, at most one for each index. Meanwhile the index that was there goes on, or searches are exact.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from psycopg import errors as pg
+
+from ehub.database import Connection, Database, is_lost
+from ehub.errors import EhubError, UnavailableError, WaitTimeoutError
+from ehub.index import HnswIndex
+from ehub.listener import Listener
+from ehub.replica.copy import Copy, Progress, Shared, State
+from ehub.replica.log import read_catalogue, take_snapshot
+from ehub.watermark import Watermark
+
+_log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 5.0
+# After changes were found, a moment for more of them: a busy log is read in larger portions.
+_BUSY_SECONDS = 0.005
+# Not asleep, because a writer is under way or another replica is to be rung.
+_RESTLESS_SECONDS = (0.005, 0.25)
+_BACKOFF_SECONDS = (0.1, 10.0)
+# How long a search waits for the replica before it goes exact.
+_PATIENCE_SECONDS = 1.0
+_TRIM_SECONDS = 60.0
+
+
+class Replica:
+    """The indexes of one process, followed in the background.
+
+    Nothing runs until the first :meth:`follow`. Every method may be called from any thread.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._listener = Listener(database)
+        self._shared = Shared(database, self._listener.interrupt)
+        self._worker: Connection | None = None
+        # The cluster's system identifier and the database's oid.
+        self._identity: tuple[int, int] | None = None
+        self._wanted: set[str] = set()
+        self._copies: dict[str, Copy] = {}
+        self._started = 0
+        self._finished = 0
+        self._trimmed_at = time.monotonic()
+        self._thread: threading.Thread | None = None
+
+    # --- for searches
+
+    def follow(self, space: str) -> None:
+        """Keep an index of a space from now on; returns at once."""
+        if space in self._wanted:
+            return
+        with self._shared.changed:
+            if self._shared.stopping:
+                raise UnavailableError("this hub is closed; connect again")
+            self._wanted.add(space)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="ehub-replica", daemon=True)
+                self._thread.start()
+                atexit.register(self.close)
+        self._listener.interrupt()
+
+    def index(
+        self, space: str, written: Iterable[int] = (), *, strong: bool = False
+    ) -> tuple[HnswIndex, Watermark] | None:
+        """Return the index of a space where it may answer, with its watermark, else None.
+
+        It may if it is ready and sees the transactions ``written``; ``strong``: all that was
+        committed before the call. Waits a moment for either.
+        """
+        copy = self._copies.get(space)
+        if copy is None or not copy.serving():
+            return None
+        watermark = copy.watermark
+        if strong or watermark is None or not all(watermark.sees(xid) for xid in written):
+            # A backlog that is a job of its own is not waited for.
+            cycle = None if copy.job == "catch up" else self._next_cycle(_PATIENCE_SECONDS)
+            copy = self._copies.get(space)
+            if cycle is None or copy is None or not copy.serving() or copy.brought < cycle:
+                return None
+            watermark = copy.watermark
+        index = copy.index
+        if index is None or watermark is None or not all(watermark.sees(xid) for xid in written):
+            return None
+        return index, watermark
+
+    def _next_cycle(self, timeout: float | None) -> int | None:
+        """Wait for a cycle that begins after this call; None if none ended in time."""
+        with self._shared.changed:
+            needed = self._started + 1
+            self._listener.interrupt()
+            self._shared.changed.wait_for(
+                lambda: (
+                    self._finished >= needed or not self._shared.connected or self._shared.stopping
+                ),
+                timeout,
+            )
+            return needed if self._finished >= needed else None
+
+    def wait_until_ready(
+        self, space: str, timeout: float | None, watch: Callable[[Progress], None] | None = None
+    ) -> None:
+        """Wait until the index of a space is ready and sees all that was committed before.
+
+        Raises:
+            WaitTimeoutError: it was not in time.
+            EhubError: it cannot be built; the message says why.
+        """
+        self.follow(space)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            if self.index(space, strong=True) is not None:
+                return
+            progress = self.progress(space)
+            if watch is not None and progress is not None:
+                watch(progress)
+            if progress is not None and progress.state is State.FAILED and left is None:
+                raise EhubError(f"space {space!r}: no index can be made: {progress.error}")
+            if left is not None and left <= 0:
+                why = "" if progress is None else f": {progress.error or progress.state}"
+                raise WaitTimeoutError(
+                    f"space {space!r}: the index was not ready in {timeout} seconds{why}"
+                )
+            with self._shared.changed:
+                if self._shared.stopping:
+                    raise UnavailableError("this hub is closed; connect again")
+                self._shared.changed.wait(0.1 if left is None else min(0.1, left))
+
+    def refresh(self) -> None:
+        """Notice what became of the spaces, as after one was deleted."""
+        if self._thread is not None:
+            self._next_cycle(_PATIENCE_SECONDS)
+
+    def progress(self, space: str) -> Progress | None:
+        """Return how far the index of a space is, None if it is not followed yet."""
+        copy = self._copies.get(space)
+        return None if copy is None else Progress(copy.state, copy.done, copy.total, copy.error)
+
+    def suspect(self, space: str) -> None:
+        """Say that the graph of a space could not answer: it is built anew, others go on."""
+        copy = self._copies.get(space)
+        if copy is not None:
+            copy.suspect = True
+            self._listener.interrupt()
+
+    def close(self) -> None:
+        """Save what is worth it and stop. Safe to call twice."""
+        with self._shared.changed:
+            if self._shared.stopping:
+                return
+            self._shared.stopping = True
+            self._shared.changed.notify_all()
+        self._listener.interrupt()
+        atexit.unregister(self.close)
+        if self._thread is not None:
+            self._thread.join()
+        for copy in self._copies.values():
+            copy.join()
+            if self._shared.connected:
+                copy.leave()
+            copy.drop(delete=False)
+        if self._worker is not None:
+            self._worker.close()
+        self._listener.close()
+
+    # --- the thread
+
+    def _run(self) -> None:
+        failures = 0
+        restless = _RESTLESS_SECONDS[0]
+        while not self._shared.stopping:
+            try:
+                worker = self._worker or self._connect()
+                found = self._cycle(worker)
+                for copy in list(self._copies.values()):
+                    copy.look_after(worker)
+                self._trim(worker)
+                failures = 0
+                if found:
+                    self._listener.wake_up(worker)
+                    restless = _RESTLESS_SECONDS[0]
+                    self._rest(worker, _BUSY_SECONDS)
+                elif self._listener.asleep:
+                    self._rest(worker, _POLL_SECONDS)
+                elif not self._listener.fall_asleep(worker):
+                    self._rest(worker, restless)
+                    restless = min(restless * 2, _RESTLESS_SECONDS[1])
+            except Exception as error:
+                # Whatever it was, the thread goes on: it is the one that can mend it.
+                lost = is_lost(error) or isinstance(error, UnavailableError)
+                if failures == 0 or not lost:
+                    _log.warning(
+                        "the index falls behind, searches that need the present are exact: %s",
+                        error,
+                        exc_info=not lost,
+                    )
+                self._disconnect()
+                failures += 1
+                longest = min(_BACKOFF_SECONDS[0] * 2**failures, _BACKOFF_SECONDS[1])
+                # Jitter, so that many clients of a server that comes back do not come at once.
+                self._listener.wait(None, longest * random.uniform(0.5, 1))  # noqa: S311
+            else:
+                if failures:
+                    _log.warning("the index follows the database again")
+
+    def _rest(self, worker: Connection, seconds: float) -> None:
+        if not self._shared.stopping:
+            self._listener.wait(worker, seconds)
+
+    def _connect(self) -> Connection:
+        worker = self._database.connect()
+        try:
+            worker.execute("SET lock_timeout = '500ms'")
+            row = worker.execute(
+                "SELECT pg_is_in_recovery(), (SELECT system_identifier FROM pg_control_system()),"
+                " (SELECT oid::bigint FROM pg_database WHERE datname = current_database())"
+            ).fetchone()
+            assert row is not None  # noqa: S101 - a select without from
+            standby, system, database = row
+            if standby:
+                # Its snapshots do not say which transactions run on the primary.
+                raise UnavailableError("a standby has no watermarks to follow; searches are exact")
+            if self._identity not in (None, (system, database)):
+                _log.warning("this is another database than before; indexes are made anew")
+                for copy in self._copies.values():
+                    copy.drop(delete=False)
+                self._copies.clear()
+            self._identity = (system, database)
+            self._listener.connect()
+            self._shared.epoch += 1
+            for copy in self._copies.values():
+                copy.resume(worker)
+        except BaseException:
+            worker.close()
+            raise
+        self._worker = worker
+        self._shared.connected = True
+        return worker
+
+    def _disconnect(self) -> None:
+        self._listener.disconnect()
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+        with self._shared.changed:
+            self._shared.connected = False
+            self._finished = self._started
+            self._shared.changed.notify_all()
+
+    # --- one cycle
+
+    def _cycle(self, worker: Connection) -> bool:
+        """Bring every index to one snapshot; True if anything had changed."""
+        with self._shared.changed:
+            self._started += 1
+        found = False
+        blocked = None
+        worker.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        try:
+            snapshot, trimmed = take_snapshot(worker)
+            self._update_copies(worker)
+            for copy in self._copies.values():
+                blocked = copy
+                found |= copy.bring(worker, snapshot, trimmed, self._started)
+            worker.execute("COMMIT")
+        except pg.LockNotAvailable:
+            # TRUNCATE or DDL that is not committed: the others go on without this one.
+            worker.execute("ROLLBACK")
+            if blocked is not None:
+                blocked.blocked_until = time.monotonic() + 0.5
+            return True
+        except Exception as error:
+            if not is_lost(error):
+                worker.execute("ROLLBACK")
+            raise
+        finally:
+            with self._shared.changed:
+                self._finished = self._started
+                self._shared.changed.notify_all()
+        return found
+
+    def _update_copies(self, worker: Connection) -> None:
+        entries = read_catalogue(worker, list(self._wanted))
+        for space, copy in list(self._copies.items()):
+            entry = entries.get(space)
+            if entry is None or entry.index_id != copy.entry.index_id:
+                self._copies.pop(space).drop(delete=True)
+        for space, entry in entries.items():
+            if space not in self._copies:
+                assert self._identity is not None  # noqa: S101 - set when connecting
+                folder = self._database.target.data_dir / "indexes"
+                folder /= "-".join(map(str, self._identity))
+                self._copies[space] = Copy(entry, folder / str(entry.index_id), self._shared)
+
+    def _trim(self, worker: Connection) -> None:
+        if time.monotonic() - self._trimmed_at > _TRIM_SECONDS:
+            self._trimmed_at = time.monotonic()
+            worker.execute("SELECT ehub.trim()")

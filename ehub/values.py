@@ -1,0 +1,183 @@
+"""What ehub accepts: keys, vectors, metadata. Decided here, before anything is sent or changed.
+
+Postgres holds the same rules as constraints (``sql/embedding.sql``), so that SQL writers obey them
+too; these functions exist to name the wrong value before a batch is streamed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from ehub.errors import InvalidKeyError, InvalidMetadataError, InvalidValueError, InvalidVectorError
+from ehub.types import Matrix, Metric, Vector
+
+MAX_KEY_BYTES = 1024
+
+# Below this a squared norm has lost its precision in float32, and cosine with it.
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def as_key(key: object) -> str:
+    """Return ``key`` if it is a string of 1 to 1024 UTF-8 bytes without NUL.
+
+    Raises:
+        InvalidKeyError: it is not.
+    """
+    if not isinstance(key, str):
+        raise InvalidKeyError(f"a key is a string, not {type(key).__name__}: {key!r}")
+    try:
+        size = len(key.encode())
+    except UnicodeEncodeError:
+        raise InvalidKeyError(f"key {key!r} cannot be written as UTF-8") from None
+    if not 1 <= size <= MAX_KEY_BYTES or "\0" in key:
+        raise InvalidKeyError(
+            f"a key has 1 to {MAX_KEY_BYTES} bytes and no NUL; {_short(key)} has {size} bytes"
+        )
+    return key
+
+
+def as_keys(keys: Iterable[object]) -> list[str]:
+    """Return ``keys`` as a list of valid keys, in their order.
+
+    Raises:
+        InvalidKeyError: one of them is not a key, or they are one string.
+        InvalidValueError: there are none.
+    """
+    if isinstance(keys, str | bytes):
+        raise InvalidKeyError(f"a list of keys is needed, not the string {_short(keys)}")
+    checked = [as_key(key) for key in keys]
+    if not checked:
+        raise InvalidValueError("an empty batch: no keys were given")
+    return checked
+
+
+def as_count(k: SupportsIndex) -> int:
+    """Return the number of neighbours ``k`` as an int.
+
+    Raises:
+        InvalidValueError: it is not a whole number from 1 to 2**31 - 1.
+    """
+    try:
+        count = k.__index__()
+    except (AttributeError, TypeError):
+        raise InvalidValueError(f"k is a whole number, not {k!r}") from None
+    if not 1 <= count < 2**31:
+        raise InvalidValueError(f"k is a number from 1 to 2147483647, not {count}")
+    return count
+
+
+def as_vector(value: object, dims: int, metric: Metric, name: str) -> Vector:
+    """Return ``value`` as a contiguous float32 array of shape ``(dims,)``.
+
+    ``name`` says in errors what the value is, for example ``space 'fruit', key 'apple'``.
+
+    Raises:
+        InvalidVectorError: wrong shape, not numbers, NaN, infinity, or of no use under ``metric``.
+    """
+    vector = _as_float32(value, name)
+    if vector.shape != (dims,):
+        what = f"{len(vector)} dims" if vector.ndim == 1 else f"the shape {vector.shape}"
+        raise InvalidVectorError(f"{name}: a vector of {dims} dims is needed, this one has {what}")
+    with np.errstate(all="ignore"):
+        square = float(vector.dot(vector))
+    # One number decides for almost all vectors: NaN and infinity in an element show in the sum.
+    if not (_TINY if metric == "cosine" else 0.0) <= square < np.inf:
+        raise InvalidVectorError(f"{name}: {_reason(vector, metric)}")
+    return vector
+
+
+def as_matrix(values: object, dims: int, metric: Metric, names: Sequence[str] | str) -> Matrix:
+    """Return ``values`` as a contiguous float32 array of shape ``(n, dims)``.
+
+    ``names`` says in errors what a row is: one name a row, or one for all.
+
+    Raises:
+        InvalidVectorError: as :func:`as_vector`, naming the first row that is wrong.
+    """
+
+    def name(row: int) -> str:
+        return f"{names}, row {row}" if isinstance(names, str) else names[row]
+
+    try:
+        matrix = _as_float32(values, names if isinstance(names, str) else "vectors")
+    except InvalidVectorError:
+        # Ragged or not numeric: find the row to name.
+        if isinstance(values, Sequence) and not isinstance(values, str):
+            for row, value in enumerate(values):
+                as_vector(value, dims, metric, name(row))
+        raise
+    if matrix.ndim != 2 or matrix.shape[1] != dims:
+        if matrix.ndim == 2 and len(matrix):
+            as_vector(matrix[0], dims, metric, name(0))
+        where = names if isinstance(names, str) else "vectors"
+        raise InvalidVectorError(
+            f"{where}: an array of shape (n, {dims}) is needed, not {matrix.shape}"
+        )
+    with np.errstate(all="ignore"):
+        squares = np.einsum("ij,ij->i", matrix, matrix)
+        good = (squares >= (_TINY if metric == "cosine" else 0.0)) & (squares < np.inf)
+    if not good.all():
+        row = int(np.argmin(good))
+        raise InvalidVectorError(f"{name(row)}: {_reason(matrix[row], metric)}")
+    return matrix
+
+
+def as_json(metadata: object, name: str) -> str:
+    """Return ``metadata`` as the text of a JSON object.
+
+    Raises:
+        InvalidMetadataError: not a mapping, or holds what JSON or Postgres cannot.
+    """
+    if not isinstance(metadata, Mapping):
+        raise InvalidMetadataError(
+            f"{name}: metadata is a mapping (a JSON object), not {type(metadata).__name__}"
+        )
+    try:
+        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
+        text.encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidMetadataError(f"{name}: metadata is not JSON: {error}") from None
+    if "\\u0000" in text.replace("\\\\", ""):
+        raise InvalidMetadataError(f"{name}: metadata holds a NUL character, Postgres has none")
+    return text
+
+
+def describe(space: str, key: str) -> str:
+    """Name a row of a space in an error."""
+    return f"space {space!r}, key {_short(key)}"
+
+
+def _as_float32(value: object, name: str) -> Matrix:
+    array: np.ndarray[Any, Any]
+    try:
+        with np.errstate(all="ignore"):
+            array = np.asarray(value)
+            if array.dtype.kind not in "iuf":
+                # Text, booleans, complex numbers and objects: numpy would convert some in silence.
+                if array.dtype.kind != "O" and array.size:
+                    raise TypeError(f"of type {array.dtype}")
+                array = array.astype(np.float64)
+            return np.ascontiguousarray(array, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidVectorError(
+            f"{name}: a vector is a list or an array of numbers, this is not: {error}"
+        ) from None
+
+
+def _reason(vector: Vector, metric: Metric) -> str:
+    if np.isnan(vector).any():
+        return f"NaN at position {int(np.argmax(np.isnan(vector)))}"
+    if np.isinf(vector).any():
+        return f"infinity (in float32) at position {int(np.argmax(np.isinf(vector)))}"
+    with np.errstate(all="ignore"):
+        if not np.isfinite(vector.dot(vector)):
+            return "its values are too large for distances in float32"
+    return f"a zero vector has no direction, and so no distance under {metric}"
+
+
+def _short(text: str | bytes) -> str:
+    return repr(text if len(text) <= 60 else text[:60]) + ("…" if len(text) > 60 else "")

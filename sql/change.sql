@@ -1,0 +1,104 @@
+-- The change log: which keys each transaction changed, and the bell that wakes replicas.
+
+-- Wake sleeping replicas, and only them.
+--
+-- A replica that goes to sleep holds advisory lock (ehub, 1) exclusively. A writer who gets that
+-- lock shared knows that nobody sleeps and keeps it until its end, so that nobody can fall asleep
+-- before its change can be seen. Replicas that are awake read the log anyway, and a NOTIFY on
+-- every commit would cost most of the write rate: a notifying commit holds a lock of the whole
+-- cluster through its flush. Nothing depends on the bell but promptness: `ALTER DATABASE … SET
+-- ehub.doorbell = off` silences it (two-phase commit refuses transactions that have notified).
+CREATE OR REPLACE FUNCTION ehub.ring() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF current_setting('ehub.doorbell', true) IS DISTINCT FROM 'off'
+        AND NOT pg_try_advisory_xact_lock_shared(1701344610, 1)
+    THEN
+        PERFORM pg_notify('ehub', '');
+    END IF;
+END $$;
+
+-- The statement triggers of every data table. Argument: the version's id. A definer's function,
+-- because writers have rights on their table and none on the log; it reads nothing but the
+-- transition tables, and only the owner can attach it to a table.
+--
+-- Keys are logged in parts, for the sake of those who read them.
+CREATE OR REPLACE FUNCTION ehub.log_change() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    version bigint := TG_ARGV[0];
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        INSERT INTO ehub.change (version_id, keys)
+        SELECT version, array_agg(key)
+        FROM (SELECT key, row_number() OVER () / 10000 AS part FROM new_rows) AS rows
+        GROUP BY part;
+    ELSIF TG_OP = 'DELETE' THEN
+        INSERT INTO ehub.change (version_id, keys)
+        SELECT version, array_agg(key)
+        FROM (SELECT key, row_number() OVER () / 10000 AS part FROM old_rows) AS rows
+        GROUP BY part;
+    ELSIF TG_OP = 'UPDATE' THEN
+        -- Both: an update may change the key itself.
+        INSERT INTO ehub.change (version_id, keys)
+        SELECT version, array_agg(key)
+        FROM (
+            SELECT key, row_number() OVER () / 10000 AS part
+            FROM (SELECT key FROM new_rows UNION SELECT key FROM old_rows) AS changed
+        ) AS rows
+        GROUP BY part;
+    ELSE
+        INSERT INTO ehub.change (version_id, keys) VALUES (version, NULL);
+    END IF;
+    IF FOUND THEN
+        PERFORM ehub.ring();
+    END IF;
+    RETURN NULL;
+END $$;
+
+-- The log of a version that a snapshot does not see: a row for each part, NULL where the whole
+-- table changed. The second condition is for transactions that were running then; bounded by
+-- xmin instead, one long transaction would make every read long.
+CREATE OR REPLACE FUNCTION ehub.changes(version bigint, watermark pg_snapshot)
+RETURNS TABLE (keys text[])
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT c.keys FROM ehub.change AS c
+    WHERE c.version_id = version
+        AND (
+            c.xid >= pg_snapshot_xmax(watermark)
+            OR c.xid = ANY (ARRAY(SELECT pg_snapshot_xip(watermark)))
+        )
+$$;
+
+-- Below this transaction the log is gone.
+CREATE OR REPLACE FUNCTION ehub.trimmed_below() RETURNS xid8
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce((SELECT value::xid8 FROM ehub.setting WHERE name = 'trimmed_below'), '0')
+$$;
+
+-- Forget what no replica needs any more; returns the number of log rows that went.
+-- A replica whose lease has run out counts no longer: it rebuilds if it comes back.
+CREATE OR REPLACE FUNCTION ehub.trim() RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    bound xid8;
+    gone bigint;
+BEGIN
+    IF pg_is_in_recovery() OR NOT pg_try_advisory_xact_lock(1701344610, 3) THEN
+        RETURN 0;
+    END IF;
+    DELETE FROM ehub.replica WHERE expires_at < clock_timestamp();
+    SELECT min(pg_snapshot_xmin(watermark)) INTO bound FROM ehub.replica;
+    -- Transactions that are still running have log rows to come.
+    bound := least(bound, pg_snapshot_xmin(pg_current_snapshot()));
+    IF bound <= ehub.trimmed_below() THEN
+        RETURN 0;
+    END IF;
+    DELETE FROM ehub.change WHERE xid < bound;
+    GET DIAGNOSTICS gone = ROW_COUNT;
+    IF gone > 0 THEN
+        INSERT INTO ehub.setting VALUES ('trimmed_below', bound::text)
+        ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;
+    END IF;
+    RETURN gone;
+END $$;

@@ -1,0 +1,50 @@
+-- Many rows at once: COPY into a staging table, then one statement into the space.
+
+-- The staging table of this session; the end of each transaction empties it. The ordinal tells
+-- which of two rows with the same key came later; without metadata a row keeps what it had.
+CREATE OR REPLACE FUNCTION ehub.stage() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF to_regclass('pg_temp.ehub_staging') IS NULL THEN
+        CREATE TEMPORARY TABLE ehub_staging (
+            ordinal bigint GENERATED ALWAYS AS IDENTITY,
+            key text,
+            embedding @vector@.vector STORAGE MAIN,
+            metadata jsonb
+        ) ON COMMIT DELETE ROWS;
+    END IF;
+END $$;
+
+-- Put the staged rows into a space: new keys are inserted, known ones updated, the last of
+-- several rows of a key counts. Returns the number of keys.
+CREATE OR REPLACE FUNCTION ehub.merge_staged(space text) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    target text := format('spaces.%I', (ehub.require_space(space)).space);
+    merged bigint;
+    total bigint;
+BEGIN
+    DELETE FROM pg_temp.ehub_staging AS s
+    USING (
+        SELECT key, max(ordinal) AS latest FROM pg_temp.ehub_staging
+        GROUP BY key HAVING count(*) > 1
+    ) AS d
+    WHERE s.key = d.key AND s.ordinal < d.latest;
+
+    EXECUTE format(
+        'INSERT INTO %s (key, embedding, metadata)'
+        ' SELECT key, embedding, metadata FROM pg_temp.ehub_staging WHERE metadata IS NOT NULL'
+        ' ON CONFLICT (key) DO UPDATE'
+        ' SET embedding = EXCLUDED.embedding, metadata = EXCLUDED.metadata',
+        target
+    );
+    GET DIAGNOSTICS total = ROW_COUNT;
+    EXECUTE format(
+        'INSERT INTO %s (key, embedding)'
+        ' SELECT key, embedding FROM pg_temp.ehub_staging WHERE metadata IS NULL'
+        ' ON CONFLICT (key) DO UPDATE SET embedding = EXCLUDED.embedding',
+        target
+    );
+    GET DIAGNOSTICS merged = ROW_COUNT;
+    RETURN total + merged;
+END $$;

@@ -1,0 +1,35 @@
+-- How everything is.
+
+CREATE OR REPLACE FUNCTION ehub.count_rows(version_id bigint) RETURNS bigint
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    n bigint;
+BEGIN
+    EXECUTE format('SELECT count(*) FROM ehub_data.%I', 'v' || version_id) INTO n;
+    RETURN n;
+END $$;
+
+-- Every space, and beside it every copy of its index. Lag: keys changed since what the copy has
+-- last reported as applied.
+CREATE OR REPLACE VIEW ehub.status AS
+SELECT
+    c.space,
+    c.version,
+    c.dims,
+    c.metric,
+    ehub.count_rows(c.version_id) AS rows,
+    c.target_recall,
+    r.state AS index_state,
+    r.place,
+    r.rows AS indexed_rows,
+    r.tombstones,
+    (SELECT coalesce(sum(cardinality(l.keys)), 0) FROM ehub.changes(c.version_id, r.applied) AS l)
+        AS lag,
+    r.ef,
+    r.recall,
+    r.memory,
+    r.reported_at,
+    r.last_error
+FROM ehub.catalogue AS c
+LEFT JOIN ehub.replica AS r ON r.index_id = c.index_id AND r.expires_at > clock_timestamp()
+ORDER BY c.space, r.reported_at DESC;
