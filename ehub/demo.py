@@ -32,7 +32,51 @@ _WORD = re.compile(r"[a-z]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|_")
 _ENDINGS = ("ings", "ing", "ies", "ied", "ed", "es", "s")
 _STOP = set(
-    ["a", "an", "and", "are", "as", "at", "be", "by", "can", "for", "from", "has", "have", "if", "in", "is", "it", "its", "not", "of", "on", "or", "that", "the", "then", "this", "to", "was", "when", "which", "will", "with", "you", "your", "self", "none", "true", "false", "return", "arg", "argument", "object", "given"]
+    [
+        "a",
+        "an",
+        "and",
+        "are",
+        "as",
+        "at",
+        "be",
+        "by",
+        "can",
+        "for",
+        "from",
+        "has",
+        "have",
+        "if",
+        "in",
+        "is",
+        "it",
+        "its",
+        "not",
+        "of",
+        "on",
+        "or",
+        "that",
+        "the",
+        "then",
+        "this",
+        "to",
+        "was",
+        "when",
+        "which",
+        "will",
+        "with",
+        "you",
+        "your",
+        "self",
+        "none",
+        "true",
+        "false",
+        "return",
+        "arg",
+        "argument",
+        "object",
+        "given",
+    ]
 )
 
 

@@ -332,8 +332,6 @@ class Space:
                 answer = self._complete(list(map(Neighbor, *found[0])), metadata)
                 if answer is not None:
                     return answer
-            else:
-                self._suspect()
         return self._exact(query, count, metadata)
 
     def multi_nearest_neighbors(
@@ -365,8 +363,6 @@ class Space:
                 if whole is not None:
                     rest = iter(whole)
                     return [list(itertools.islice(rest, len(one.keys))) for one in found]
-            else:
-                self._suspect()
         return [self._exact(query, count, metadata) for query in queries]
 
     def wait_until_indexed(
@@ -402,10 +398,6 @@ class Space:
                 self._written.difference_update(written)
         # The space may have been made anew, with other dims.
         return index if index.dims == self.dims and index.metric == self.metric else None
-
-    def _suspect(self) -> None:
-        if self._replica is not None:
-            self._replica.suspect(self._name)
 
     def _neighbors_of_key(self, key: str, k: int, metadata: bool, strong: bool) -> list[Neighbor]:
         index = self._index(strong)

@@ -161,7 +161,7 @@ def _as_float32(value: object, name: str) -> Matrix:
                 if array.dtype.kind != "O" and array.size:
                     raise TypeError(f"of type {array.dtype}")
                 array = array.astype(np.float64)
-            return np.ascontiguousarray(array, dtype=np.float32)
+            return array.astype(np.float32, order="C", copy=False)
     except (TypeError, ValueError) as error:
         raise InvalidVectorError(
             f"{name}: a vector is a list or an array of numbers, this is not: {error}"

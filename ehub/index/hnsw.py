@@ -39,8 +39,6 @@ class Found(NamedTuple):
 class _Graph(Protocol):
     """The part of hnswlib.Index that is used here."""
 
-    ef: int
-
     def init_index(self, max_elements: int, M: int, ef_construction: int) -> None: ...
     def load_index(self, path_to_index: str, max_elements: int) -> None: ...
     def save_index(self, path_to_index: str) -> None: ...
@@ -85,7 +83,10 @@ class HnswIndex:
         # Labels from here on are staged.
         self._visible = 0
         self._tombstones = 0
+        # What searches go by; put another one in its place after measuring.
         self.calibration = Calibration.untried()
+        # Whether a search could not reach as many rows as there are.
+        self.disconnected = False
 
     # --- reading
 
@@ -120,7 +121,7 @@ class HnswIndex:
         """Find the ``k`` nearest of each query, float32 of shape ``(n, dims)``, by the graph.
 
         Finds as many as there are where there are fewer than ``k``. None means that the graph
-        could not answer (deletions have cut parts of it off): ask :meth:`exact` or the database.
+        could not answer (parts of it cannot be reached): ask the database.
         """
         self._require(queries)
         if self.metric == "cosine":
@@ -129,17 +130,16 @@ class HnswIndex:
             wanted = min(k, len(self._labels))
             if not wanted:
                 return [Found([], []) for _ in queries]
-            # hnswlib searches with max(ef, k): asking for more raises ef for this call alone.
-            ef = self.calibration.ef_for(wanted)
-            asked = wanted if ef <= self._graph.ef else ef
+            # hnswlib searches with max(ef, k), and its own ef is left at its least: so asking for
+            # more than is wanted is a setting of this call alone, safe beside others.
             live = self._graph.get_current_count() - self._tombstones
             # Staged rows may stand before visible ones; then more must be asked for.
             staged = live - len(self._labels)
-            asked = min(asked + min(staged, wanted), live)
+            asked = min(self.calibration.ef_for(wanted) + min(staged, wanted), live)
             found = self._query(queries, asked, threads)
-            if found is None and asked > wanted:
-                # Fewer than that can be reached; enough may be.
-                asked = wanted
+            while found is None and asked > wanted:
+                # So many cannot be reached; enough may be.
+                asked = max(wanted, asked // 2)
                 found = self._query(queries, asked, threads)
             while found is not None and staged and asked < live:
                 if ((found[0] < self._visible).sum(axis=1) >= wanted).all():
@@ -147,6 +147,7 @@ class HnswIndex:
                 asked = min(asked * 4, live)
                 found = self._query(queries, asked, threads)
             if found is None:
+                self.disconnected = not staged
                 return None
             labels, distances = found
             return self._answers(labels, self._distances(distances), wanted, bool(staged))
@@ -194,7 +195,7 @@ class HnswIndex:
         """Search at a given ``ef`` and return labels: what calibration compares."""
         with self._lock.read():
             live = self._graph.get_current_count() - self._tombstones
-            # As in `search`: a larger k is a larger ef, whatever the graph's own setting.
+            # As in `search`: k is ef.
             found = self._query(queries, min(max(k, ef), live), THREADS)
             if found is None:
                 return np.empty((len(queries), 0), np.int64)
@@ -256,12 +257,6 @@ class HnswIndex:
                 differs[known] = (stored != vectors[known]).any(axis=1)
             return differs
 
-    def calibrated(self, calibration: Calibration) -> None:
-        """Search with what a calibration found."""
-        with self._lock.write():
-            self.calibration = calibration
-            self._graph.ef = calibration.ef
-
     # --- files
 
     def save(self, path: Path) -> None:
@@ -288,8 +283,9 @@ class HnswIndex:
         index._keys = keys
         index._labels = {key: label for label, key in enumerate(keys) if key}
         index._visible = len(keys)
+        index.disconnected = False
         index._tombstones = index._graph.get_current_count() - len(index._labels)
-        index.calibrated(calibration)
+        index.calibration = calibration
         return index
 
     # --- inside

@@ -21,7 +21,7 @@ import psycopg
 
 from ehub.database import Connection, Database
 from ehub.errors import EhubError, IndexFileError
-from ehub.index import HnswIndex, IndexStore, calibrate
+from ehub.index import HnswIndex, IndexStore, calibrate, rows_to_hold_out, with_bias
 from ehub.replica.log import (
     Behind,
     Entry,
@@ -132,8 +132,6 @@ class Copy:
         self.failures = 0
         # The last cycle that brought it to its snapshot.
         self.brought = 0
-        # Whether its graph could not answer.
-        self.suspect = False
         self._dropped = False
         self._thread: threading.Thread | None = None
 
@@ -258,9 +256,10 @@ class Copy:
         index, watermark = self.index, self.watermark
         if index is not None and watermark is not None and self.serving():
             rows = max(len(index), _FEW)
-            if self.suspect or index.tombstones > _REBUILD_TOMBSTONES * rows:
-                if self._submit("rebuild", self._build):
-                    self.suspect = False
+            # Deletions can cut a graph apart; where many rows are alike another would be no better.
+            apart = index.disconnected and index.tombstones > 0
+            if apart or index.tombstones > _REBUILD_TOMBSTONES * rows:
+                self._submit("rebuild", self._build)
             elif self.unmeasured > _RECALIBRATE_CHANGES * rows:
                 if self._submit("measure", self._measure, index):
                     self.unmeasured = 0
@@ -454,14 +453,27 @@ class Copy:
                 entry.dims, entry.metric, entry.m, entry.ef_construction, capacity=spool.rows
             )
             self.done, self.total = 0, spool.rows
+            held_out = rows_to_hold_out(spool.rows)
+            last: list[tuple[list[str], Matrix]] = []
             for keys, vectors in spool.batches():
                 self._check_stopped()
-                index.add(keys, vectors)
+                here = held_out[(held_out >= self.done) & (held_out < self.done + len(keys))]
+                here -= self.done
+                last.append(([keys[row] for row in here], vectors[here]))
+                others = np.delete(np.arange(len(keys)), here)
+                index.add([keys[row] for row in others], vectors[others])
                 self.done += len(keys)
                 with self._shared.changed:
                     self._shared.changed.notify_all()
         index.publish()
-        index.calibrated(calibrate(index, entry.target_recall))
+        aside = [key for keys, _ in last for key in keys]
+        queries = np.vstack([vectors for _, vectors in last]) if aside else None
+        calibration = calibrate(index, entry.target_recall, queries)
+        index.calibration = calibration
+        if queries is not None:
+            index.add(aside, queries)
+            index.publish()
+            index.calibration = with_bias(index, calibration)
         self.fresh = Fresh(index, watermark)
 
     def _compare(self, index: HnswIndex) -> None:
@@ -479,7 +491,7 @@ class Copy:
         except BaseException:
             index.discard()
             raise
-        index.calibrated(calibrate(index, self.entry.target_recall))
+        index.calibration = calibrate(index, self.entry.target_recall)
         self.index = None
         self.fresh = Fresh(index, watermark)
 
@@ -520,7 +532,7 @@ class Copy:
                 state.redo |= keys
 
     def _measure(self, index: HnswIndex) -> None:
-        index.calibrated(calibrate(index, self.entry.target_recall))
+        index.calibration = calibrate(index, self.entry.target_recall)
 
     def _stream(self, receive: Callable[[list[str], Matrix], None]) -> Watermark:
         """Read the whole table in one snapshot, and take a lease of the log from there on."""

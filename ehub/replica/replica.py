@@ -156,13 +156,6 @@ class Replica:
         copy = self._copies.get(space)
         return None if copy is None else Progress(copy.state, copy.done, copy.total, copy.error)
 
-    def suspect(self, space: str) -> None:
-        """Say that the graph of a space could not answer: it is built anew, others go on."""
-        copy = self._copies.get(space)
-        if copy is not None:
-            copy.suspect = True
-            self._listener.interrupt()
-
     def close(self) -> None:
         """Save what is worth it and stop. Safe to call twice."""
         with self._shared.changed:

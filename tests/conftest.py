@@ -1,0 +1,100 @@
+"""Servers and databases for tests: real ones.
+
+The server is the embedded Postgres, or the one that EHUB_TEST_DATABASE_URL names (a role that may
+create databases). Every test gets a database of its own, cloned from a migrated template.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+import ehub
+from ehub.config import Target, resolve
+from ehub.database import Database
+from ehub.migrate import migrate
+
+for name in [name for name in os.environ if name.startswith(("PG", "EHUB_DA"))]:
+    # The tests say which database they mean.
+    del os.environ[name]
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The connection string of a server, as a role that may create databases."""
+    url = os.environ.get("EHUB_TEST_DATABASE_URL")
+    database = Database(resolve(url) if url else Target(None, tmp_path_factory.mktemp("server")))
+    yield database.conninfo()
+    database.close()
+
+
+@pytest.fixture(scope="session")
+def admin(server: str) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(server, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture(scope="session")
+def template(server: str, admin: psycopg.Connection, tmp_path_factory) -> Iterator[str]:
+    name = f"ehub_template_{uuid.uuid4().hex[:8]}"
+    admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+    target = Target(make_conninfo(server, dbname=name), tmp_path_factory.mktemp("template"))
+    database = Database(target)
+    migrate(database)
+    database.close()
+    yield name
+    drop_database(admin, name)
+
+
+@pytest.fixture
+def url(server: str, admin: psycopg.Connection, template: str) -> Iterator[str]:
+    """The connection string of a fresh database with the ehub schema."""
+    name = f"ehub_test_{uuid.uuid4().hex[:8]}"
+    admin.execute(
+        sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+            sql.Identifier(name), sql.Identifier(template)
+        )
+    )
+    yield make_conninfo(server, dbname=name)
+    drop_database(admin, name)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def connect(url: str, data_dir: Path) -> Iterator[Callable[..., ehub.Hub]]:
+    """Connect to the test's database; what it returns is closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def make(**options: object) -> ehub.Hub:
+            options.setdefault("data_dir", data_dir)
+            return stack.enter_context(ehub.connect(url, **options))
+
+        yield make
+
+
+@pytest.fixture
+def hub(connect: Callable[..., ehub.Hub]) -> ehub.Hub:
+    return connect()
+
+
+@pytest.fixture
+def db(url: str) -> Iterator[psycopg.Connection]:
+    """Somebody else: a connection in autocommit mode."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        yield connection
+
+
+def drop_database(admin: psycopg.Connection, name: str) -> None:
+    admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
