@@ -31,52 +31,11 @@ _SHORTEST = 40
 _WORD = re.compile(r"[a-z]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|_")
 _ENDINGS = ("ings", "ing", "ies", "ied", "ed", "es", "s")
-_STOP = set(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "by",
-        "can",
-        "for",
-        "from",
-        "has",
-        "have",
-        "if",
-        "in",
-        "is",
-        "it",
-        "its",
-        "not",
-        "of",
-        "on",
-        "or",
-        "that",
-        "the",
-        "then",
-        "this",
-        "to",
-        "was",
-        "when",
-        "which",
-        "will",
-        "with",
-        "you",
-        "your",
-        "self",
-        "none",
-        "true",
-        "false",
-        "return",
-        "arg",
-        "argument",
-        "object",
-        "given",
-    ]
+_STOP = frozenset(
+    {"a", "an", "and", "are", "arg", "argument", "as", "at", "be", "by", "can", "false", "for"}
+    | {"from", "given", "has", "have", "if", "in", "is", "it", "its", "none", "not", "object"}
+    | {"of", "on", "or", "return", "self", "that", "the", "then", "this", "to", "true", "was"}
+    | {"when", "which", "will", "with", "you", "your"}
 )
 
 

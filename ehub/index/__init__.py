@@ -1,6 +1,7 @@
-"""The index: a graph, its files, its calibration. Knows no Postgres."""
+"""The index: a graph, how it is built, measured and kept in files. Knows no Postgres."""
 
-from ehub.index.calibrate import Calibration, calibrate, rows_to_hold_out, with_bias
+from ehub.index.build import build_index
+from ehub.index.calibrate import Calibration, calibrate
 from ehub.index.hnsw import Found, HnswIndex
 from ehub.index.store import IndexStore, Manifest
 
@@ -10,7 +11,6 @@ __all__ = [
     "HnswIndex",
     "IndexStore",
     "Manifest",
+    "build_index",
     "calibrate",
-    "rows_to_hold_out",
-    "with_bias",
 ]

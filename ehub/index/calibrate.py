@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ehub.index.exact import brute_force
 from ehub.types import Matrix
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ _QUERIES = 400
 # Fewer rows than this are not worth holding any out.
 _FEW = 200
 _SMALL, _LARGE = 10, 100
+_BATCH = 8192
 _LOWEST_EF, _HIGHEST_EF = 16, 4096
 # One-sided 95 %.
 _Z = 1.645
@@ -77,58 +80,82 @@ def rows_to_hold_out(rows: int, seed: int = 0) -> NDArray[np.int64]:
     return np.sort(chosen)
 
 
-def calibrate(index: HnswIndex, target: float, held_out: Matrix | None = None) -> Calibration:
-    """Measure an index and return the ef values that reach the ``target`` recall.
+def calibrate(index: HnswIndex, target: float) -> None:
+    """Measure an index with rows of its own, and have it search with the ``ef`` that was found.
 
-    ``held_out`` are queries that are not in the index, float32 of shape ``(n, dims)``; without them
-    rows of it are drawn. Costs about two seconds at 340,000 rows of 100 dims, and readers go on
-    meanwhile. Where no ef up to 4096 reaches the target, that one is taken, and ``recall`` tells.
+    ``target`` is the recall to reach. Costs some seconds at 340,000 rows of 100 dims, and readers
+    go on meanwhile. Where no ef up to 4096 reaches it, that one is taken, and the recall in the
+    calibration tells.
     """
+    labels, queries = index.sample(_QUERIES)
+    truth, _ = index.exact(queries, _LARGE + 1)
+    trial = _Trial(index, queries, labels, truth)
+    index.calibration = _find(index, trial, target, index.calibration.bias)
+
+
+def calibrate_build(
+    index: HnswIndex,
+    target: float,
+    rows: Callable[[NDArray[np.int64]], Matrix],
+    held_out: Matrix,
+) -> None:
+    """Measure an index with rows that were held out of its build.
+
+    ``rows`` returns the vectors of labels of the index, ``held_out`` are those that it lacks, both
+    float32, and of length 1 under cosine. Without any held out, rows of the index serve.
+    """
+    if not len(held_out):
+        calibrate(index, target)
+        return
+    size = len(index)
+    own = np.random.default_rng(0).choice(size, min(_QUERIES, size), replace=False)
+    queries = np.vstack([held_out, rows(own)])
+    labels = (np.arange(start, min(start + _BATCH, size)) for start in range(0, size, _BATCH))
+    batches = ((part, rows(part)) for part in labels)
+    truth, _ = brute_force(queries, batches, _LARGE + 1, index.metric)
+    n = len(held_out)
+    strangers = _Trial(index, held_out, np.full(n, -1, np.int64), truth[:n])
+    members = _Trial(index, queries[n:], own, truth[n:])
+    found = _find(index, strangers, target, bias=0.0)
+    if found.recall is not None:
+        recall, _ = members.measure(_SMALL, found.ef)
+        found = dataclasses.replace(found, bias=max(0.0, recall - found.recall))
+    index.calibration = found
+
+
+def _find(index: HnswIndex, trial: _Trial, target: float, bias: float) -> Calibration:
     rows = len(index)
     if rows <= _SMALL + 1:
-        return Calibration(ef=_HIGHEST_EF, ef_large=_HIGHEST_EF, recall=None, bias=0.0)
-    bias = 0.0
-    if held_out is not None and len(held_out):
-        trial = _Trial(index, held_out, np.full(len(held_out), -1, np.int64))
-    else:
-        bias = index.calibration.bias
-        trial = _drawn(index)
+        # Everything is looked at anyway.
+        return Calibration(ef=_HIGHEST_EF, ef_large=_HIGHEST_EF, recall=None, bias=bias)
     goal = min(target + bias, 0.9995)
     ef, recall = trial.smallest_ef(_SMALL, goal, _LOWEST_EF)
     ef_large, _ = trial.smallest_ef(min(_LARGE, rows - 1), goal, ef)
     return Calibration(ef=ef, ef_large=max(ef, ef_large), recall=recall - bias, bias=bias)
 
 
-def with_bias(index: HnswIndex, calibration: Calibration) -> Calibration:
-    """Add to a calibration with held-out rows how much better rows of the index do."""
-    if calibration.recall is None:
-        return calibration
-    recall, _ = _drawn(index).measure(_SMALL, calibration.ef)
-    return dataclasses.replace(calibration, bias=max(0.0, recall - calibration.recall))
-
-
-def _drawn(index: HnswIndex) -> _Trial:
-    labels, queries = index.sample(_QUERIES)
-    return _Trial(index, queries, labels)
-
-
 class _Trial:
     """Queries with their true neighbours; each leaves its own label, -1 if none, out."""
 
-    def __init__(self, index: HnswIndex, queries: Matrix, own: NDArray[np.int64]) -> None:
-        self._index, self._queries, self._own = index, queries, own
-        self._truth, _ = index.exact(queries, _LARGE + 1)
+    def __init__(
+        self,
+        index: HnswIndex,
+        queries: Matrix,
+        own: NDArray[np.int64],
+        truth: NDArray[np.int64],
+    ) -> None:
+        self._index, self._queries, self._own, self._truth = index, queries, own, truth
 
     def measure(self, k: int, ef: int) -> tuple[float, float]:
         """Return recall@k at an ``ef``, and its standard error."""
         found = self._index.labels_found(self._queries, k + 1, ef)
+        if not found.size:
+            return 0.0, 0.0
         shares = np.array(
             [
                 len(_others(true, own, k) & _others(got, own, k)) / k
                 for own, true, got in zip(self._own, self._truth, found, strict=True)
             ]
-            if found.size
-            else [0.0]
         )
         return float(shares.mean()), float(shares.std() / math.sqrt(len(shares)))
 

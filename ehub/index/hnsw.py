@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ehub.index.calibrate import Calibration
+from ehub.index.exact import brute_force, pairwise
 from ehub.types import Matrix, Metric, Vector
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -125,7 +126,7 @@ class HnswIndex:
         """
         self._require(queries)
         if self.metric == "cosine":
-            queries = _unit(queries)
+            queries = unit(queries)
         with self._lock.read():
             wanted = min(k, len(self._labels))
             if not wanted:
@@ -137,6 +138,15 @@ class HnswIndex:
             staged = live - len(self._labels)
             asked = min(self.calibration.ef_for(wanted) + min(staged, wanted), live)
             found = self._query(queries, asked, threads)
+            if found is None and asked == live:
+                # All of them, and some cannot be reached: they are few enough to compare.
+                rows = np.fromiter(self._labels.values(), np.int64, len(self._labels))
+                near, _ = brute_force(queries, [(rows, self._stored(rows))], wanted, self.metric)
+                there = self._stored(near.ravel()).reshape(*near.shape, self.dims)
+                far = pairwise(queries, there, self.metric)
+                order = np.argsort(far, axis=1, kind="stable")
+                near, far = (np.take_along_axis(one, order, axis=1) for one in (near, far))
+                return self._answers(near, self._distances(far), wanted, staged=False)
             while found is None and asked > wanted:
                 # So many cannot be reached; enough may be.
                 asked = max(wanted, asked // 2)
@@ -150,6 +160,9 @@ class HnswIndex:
                 self.disconnected = not staged
                 return None
             labels, distances = found
+            if not staged:
+                # What was asked for only to widen the search goes first.
+                labels, distances = labels[:, :wanted], distances[:, :wanted]
             return self._answers(labels, self._distances(distances), wanted, bool(staged))
 
     def exact(self, queries: Matrix, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -159,29 +172,20 @@ class HnswIndex:
         """
         self._require(queries)
         if self.metric == "cosine":
-            queries = _unit(queries)
+            queries = unit(queries)
         with self._lock.read():
             labels = np.fromiter(self._labels.values(), np.int64, len(self._labels))
-        k = min(k, len(labels))
-        best = np.empty((len(queries), 0), np.int64)
-        nearest = np.empty((len(queries), 0), np.float32)
-        for start in range(0, len(labels), _EXACT_BATCH):
-            # Between batches writers have their turn, and may delete what was listed.
-            with self._lock.read():
-                part = np.array(
-                    [label for label in labels[start : start + _EXACT_BATCH] if self._keys[label]],
-                    np.int64,
-                )
-                rows = self._stored(part)
-            distances = self._compare(queries, rows)
-            best = np.hstack([best, np.broadcast_to(part, distances.shape)])
-            nearest = np.hstack([nearest, distances])
-            if best.shape[1] > k:
-                keep = np.argpartition(nearest, k - 1, axis=1)[:, :k]
-                best = np.take_along_axis(best, keep, axis=1)
-                nearest = np.take_along_axis(nearest, keep, axis=1)
-        order = np.argsort(nearest, axis=1, kind="stable")
-        return np.take_along_axis(best, order, axis=1), np.take_along_axis(nearest, order, axis=1)
+
+        def batches() -> Iterator[tuple[NDArray[np.int64], Matrix]]:
+            for start in range(0, len(labels), _EXACT_BATCH):
+                # Between batches writers have their turn, and may delete what was listed.
+                with self._lock.read():
+                    part = labels[start : start + _EXACT_BATCH]
+                    part = np.array([label for label in part if self._keys[label]], np.int64)
+                    rows = self._stored(part)
+                yield part, rows
+
+        return brute_force(queries, batches(), k, self.metric)
 
     def sample(self, n: int, seed: int = 0) -> tuple[NDArray[np.int64], Matrix]:
         """Draw up to ``n`` rows: their labels, and their vectors by row."""
@@ -196,7 +200,7 @@ class HnswIndex:
         with self._lock.read():
             live = self._graph.get_current_count() - self._tombstones
             # As in `search`: k is ef.
-            found = self._query(queries, min(max(k, ef), live), THREADS)
+            found = self._query(queries, min(max(k, ef), live), THREADS) if live else None
             if found is None:
                 return np.empty((len(queries), 0), np.int64)
             return found[0][:, :k].astype(np.int64)
@@ -211,7 +215,7 @@ class HnswIndex:
         """
         self._require(vectors)
         if self.metric == "cosine":
-            vectors = _unit(vectors)
+            vectors = unit(vectors)
         # Nobody reads an index that has published nothing.
         size = _ADD_BATCH if self._visible else _BUILD_BATCH
         for start in range(0, len(keys), size):
@@ -247,7 +251,7 @@ class HnswIndex:
     def differing(self, keys: Sequence[str], vectors: Matrix) -> NDArray[np.bool_]:
         """Say for each row whether the index lacks it or holds another vector for its key."""
         if self.metric == "cosine":
-            vectors = _unit(vectors)
+            vectors = unit(vectors)
         with self._lock.read():
             labels = np.array([self._labels.get(key, -1) for key in keys], np.int64)
             differs = labels < 0
@@ -318,16 +322,9 @@ class HnswIndex:
             return None
 
     def _stored(self, labels: Any) -> Matrix:
+        if not len(labels):
+            return np.empty((0, self.dims), np.float32)
         return self._graph.get_items(np.asarray(labels, np.uint64))
-
-    def _compare(self, queries: Matrix, rows: Matrix) -> NDArray[np.float32]:
-        products: NDArray[np.float32] = queries @ rows.T
-        if self.metric != "l2":
-            return 1 - products
-        distances = -2 * products
-        distances += np.einsum("ij,ij->i", rows, rows)[None]
-        distances += np.einsum("ij,ij->i", queries, queries)[:, None]
-        return distances
 
     def _distances(self, distances: NDArray[np.float32]) -> NDArray[np.float64]:
         """Translate the graph's distances into pgvector's, which are float64."""
@@ -340,13 +337,13 @@ class HnswIndex:
         return wide - 1
 
     def _answers(
-        self, labels: NDArray[np.uint64], distances: NDArray[np.float64], k: int, staged: bool
+        self, labels: NDArray[Any], distances: NDArray[np.float64], k: int, staged: bool
     ) -> list[Found]:
         keys = self._keys
         if not staged:
             return [
                 Found([keys[label] for label in row], near)
-                for row, near in zip(labels[:, :k].tolist(), distances[:, :k].tolist(), strict=True)
+                for row, near in zip(labels.tolist(), distances.tolist(), strict=True)
             ]
         answers = []
         for row, near in zip(labels.tolist(), distances.tolist(), strict=True):
@@ -405,10 +402,11 @@ def _space(metric: Metric) -> str:
     return "l2" if metric == "l2" else "ip"
 
 
-def _unit(vectors: Matrix) -> Matrix:
+def unit(vectors: Matrix) -> Matrix:
+    """Return vectors of length 1 in the same directions, by row."""
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
-    unit: Matrix = (vectors / norms[:, None]).astype(np.float32)
-    return unit
+    scaled: Matrix = (vectors / norms[:, None]).astype(np.float32)
+    return scaled
 
 
 def _with_slack(rows: int) -> int:

@@ -21,7 +21,7 @@ import psycopg
 
 from ehub.database import Connection, Database
 from ehub.errors import EhubError, IndexFileError
-from ehub.index import HnswIndex, IndexStore, calibrate, rows_to_hold_out, with_bias
+from ehub.index import HnswIndex, IndexStore, build_index, calibrate
 from ehub.replica.log import (
     Behind,
     Entry,
@@ -449,32 +449,20 @@ class Copy:
             self.state = State.BUILDING
         with _Spool(self.store.folder, entry.dims) as spool:
             watermark = self._stream(spool.write)
-            index = HnswIndex(
-                entry.dims, entry.metric, entry.m, entry.ef_construction, capacity=spool.rows
-            )
             self.done, self.total = 0, spool.rows
-            held_out = rows_to_hold_out(spool.rows)
-            last: list[tuple[list[str], Matrix]] = []
-            for keys, vectors in spool.batches():
-                self._check_stopped()
-                here = held_out[(held_out >= self.done) & (held_out < self.done + len(keys))]
-                here -= self.done
-                last.append(([keys[row] for row in here], vectors[here]))
-                others = np.delete(np.arange(len(keys)), here)
-                index.add([keys[row] for row in others], vectors[others])
-                self.done += len(keys)
-                with self._shared.changed:
-                    self._shared.changed.notify_all()
-        index.publish()
-        aside = [key for keys, _ in last for key in keys]
-        queries = np.vstack([vectors for _, vectors in last]) if aside else None
-        calibration = calibrate(index, entry.target_recall, queries)
-        index.calibration = calibration
-        if queries is not None:
-            index.add(aside, queries)
-            index.publish()
-            index.calibration = with_bias(index, calibration)
+            index = build_index(
+                *spool.all(),
+                entry.metric,
+                entry.m,
+                entry.ef_construction,
+                entry.target_recall,
+                self._progressed,
+            )
         self.fresh = Fresh(index, watermark)
+
+    def _progressed(self, rows: int) -> None:
+        self._check_stopped()
+        self.done = rows
 
     def _compare(self, index: HnswIndex) -> None:
         """Make an index equal to the whole table, where it is not known what changed."""
@@ -491,7 +479,7 @@ class Copy:
         except BaseException:
             index.discard()
             raise
-        index.calibration = calibrate(index, self.entry.target_recall)
+        calibrate(index, self.entry.target_recall)
         self.index = None
         self.fresh = Fresh(index, watermark)
 
@@ -532,7 +520,7 @@ class Copy:
                 state.redo |= keys
 
     def _measure(self, index: HnswIndex) -> None:
-        index.calibration = calibrate(index, self.entry.target_recall)
+        calibrate(index, self.entry.target_recall)
 
     def _stream(self, receive: Callable[[list[str], Matrix], None]) -> Watermark:
         """Read the whole table in one snapshot, and take a lease of the log from there on."""
@@ -576,6 +564,14 @@ class _Spool:
     def write(self, keys: list[str], vectors: Matrix) -> None:
         self._keys += keys
         self._file.write(vectors.tobytes())
+
+    def all(self) -> tuple[list[str], Matrix]:
+        """Return all rows; the vectors stay in the file, which is mapped to memory."""
+        if not self._keys:
+            return [], np.empty((0, self._dims), np.float32)
+        self._file.flush()
+        shape = (len(self._keys), self._dims)
+        return self._keys, np.memmap(self._file, np.float32, "r", shape=shape)
 
     def batches(self) -> Iterator[tuple[list[str], Matrix]]:
         self._file.seek(0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from oracle import check_neighbors
 
-from ehub.index import HnswIndex, calibrate, rows_to_hold_out, with_bias
+from ehub.index import HnswIndex, build_index, calibrate
 from ehub.types import Neighbor
 
 METRICS = ["l2", "cosine", "ip"]
@@ -32,7 +32,7 @@ def filled(metric="l2", rows=500, dims=8, seed=0):
 @pytest.mark.parametrize("k", [1, 10, 100, 499, 500, 10_000])
 def test_finds_the_nearest_with_pgvectors_distances(metric, k):
     index, table = filled(metric)
-    index.calibration = calibrate(index, 0.99)
+    calibrate(index, 0.99)
     queries = np.random.default_rng(1).standard_normal((20, 8)).astype(np.float32)
     for query, found in zip(queries, index.search(queries, k), strict=True):
         check_neighbors(neighbors(found), table, metric, query, k, recall=0.9)
@@ -71,9 +71,25 @@ def test_says_that_it_could_not_reach_enough_rather_than_answer_with_less():
     index = HnswIndex(2, "l2", M=2, ef_construction=4)
     index.add([str(i) for i in range(2000)], np.ones((2000, 2), np.float32))
     index.publish()
-    found = index.search(np.ones((1, 2), np.float32), 2000)
-    assert found is None or len(found[0].keys) == 2000
-    assert index.disconnected == (found is None)
+    for k in (1, 300, 1999, 2000):
+        found = index.search(np.ones((1, 2), np.float32), k)
+        assert found is None or len(found[0].keys) == k
+        assert index.disconnected or found is not None
+
+
+def test_small_indexes_that_deletions_cut_apart_still_answer_exactly():
+    random = np.random.default_rng(0)
+    for _ in range(20):
+        index = HnswIndex(3, "l2", M=2, ef_construction=4)
+        far = 1000 + random.standard_normal((150, 3)).astype(np.float32)
+        keys = [str(i) for i in range(150)]
+        index.add(keys, far)
+        index.publish()
+        gone = random.permutation(150)[:120]
+        index.publish([str(i) for i in gone])
+        left = {str(i): far[i] for i in set(range(150)) - set(gone.tolist())}
+        (found,) = index.search(far[:1], 20)
+        check_neighbors(neighbors(found), left, "l2", far[0], 20)
 
 
 def test_what_is_discarded_never_appears():
@@ -202,25 +218,18 @@ TestIndexMachine.settings = settings(
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("target", [0.8, 0.95])
 def test_calibration_reaches_its_target_on_queries_that_are_not_in_the_index(metric, target):
-    random = np.random.default_rng(0)
     # Few links and no structure: rows of such an index are much easier to find than others.
-    index = HnswIndex(32, metric, M=6, ef_construction=40)
-    rows = random.standard_normal((6000, 32)).astype(np.float32)
-    held = rows_to_hold_out(len(rows))
-    others = np.delete(np.arange(len(rows)), held)
-    index.add([str(i) for i in others], rows[others])
-    index.publish()
-    calibration = calibrate(index, target, rows[held])
-    index.add([str(i) for i in held], rows[held])
-    index.publish()
-    index.calibration = with_bias(index, calibration)
-    assert calibration.recall >= target
+    rows = np.random.default_rng(0).standard_normal((6000, 32)).astype(np.float32)
+    index = build_index([str(i) for i in range(6000)], rows, metric, 6, 40, target, lambda _: None)
+    built = index.calibration
+    assert built.recall >= target
     check_recall(index, target)
+    assert sorted(map(int, index.keys())) == list(range(6000))
 
     # Once more as data moves, when there are only rows of the index to ask with.
-    again = calibrate(index, target)
-    assert abs(again.ef - calibration.ef) <= 0.3 * calibration.ef
-    index.calibration = again
+    assert built.bias > 0 or target > 0.9
+    calibrate(index, target)
+    assert abs(index.calibration.ef - built.ef) <= 0.3 * built.ef
     check_recall(index, target)
 
 
@@ -239,9 +248,9 @@ def test_calibration_tells_where_the_target_is_out_of_reach():
     index = HnswIndex(64, "ip", M=2, ef_construction=4)
     index.add([str(i) for i in range(8000)], random.standard_normal((8000, 64)).astype(np.float32))
     index.publish()
-    found = calibrate(index, 0.999)
-    assert found.ef == 4096
-    assert found.recall < 0.999
+    calibrate(index, 0.999)
+    assert index.calibration.ef == 4096
+    assert index.calibration.recall < 0.999
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 11, 12, 101])
@@ -251,7 +260,33 @@ def test_calibration_of_few_rows(rows):
         vectors = np.random.default_rng(0).standard_normal((rows, 4)).astype(np.float32)
         index.add([str(i) for i in range(rows)], vectors)
     index.publish()
-    index.calibration = calibrate(index, 0.95)
+    calibrate(index, 0.95)
     assert [len(one.keys) for one in index.search(np.ones((1, 4), np.float32), 10)] == [
         min(rows, 10)
     ]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 199, 200, 5000])
+def test_a_build_holds_all_rows_and_tells_how_far_it_is(rows):
+    vectors = np.random.default_rng(0).standard_normal((rows, 4)).astype(np.float32)
+    told = []
+    keys = [str(i) for i in range(rows)]
+    index = build_index(keys, vectors, "l2", 16, 200, 0.95, told.append)
+    assert sorted(index.keys()) == sorted(keys)
+    for key, vector in list(zip(keys, vectors, strict=True))[::50]:
+        assert index.vector(key).tobytes() == vector.tobytes()
+    assert told == sorted(told)
+
+
+def test_outliers_are_found_better_when_they_come_first():
+    """Rows of very different lengths, as of words: the order of insertion makes the graph."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((8000, 24)) * random.lognormal(0, 0.7, (8000, 1))
+    rows = rows.astype(np.float32)
+    keys = [str(i) for i in range(8000)]
+    plain = HnswIndex(24, "l2")
+    plain.add(keys, rows)
+    plain.publish()
+    calibrate(plain, 0.95)
+    built = build_index(keys, rows, "l2", 16, 200, 0.95, lambda _: None)
+    assert built.calibration.ef < plain.calibration.ef

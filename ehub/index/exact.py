@@ -1,0 +1,61 @@
+"""Nearest neighbours by comparing everything, in batches: what approximations are measured by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ehub.types import Matrix, Metric
+
+
+def brute_force(
+    queries: Matrix, batches: Iterable[tuple[NDArray[np.int64], Matrix]], k: int, metric: Metric
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Find the ``k`` nearest rows of each query, nearest first.
+
+    ``batches`` are labels with their rows, float32; under cosine rows and queries have length 1.
+    Returns labels and distances (squared under l2, 1 minus the product otherwise), each of shape
+    ``(len(queries), min(k, rows))``.
+    """
+    best = np.empty((len(queries), 0), np.int64)
+    nearest = np.empty((len(queries), 0), np.float32)
+    for batch, rows in batches:
+        labels, distances = batch, _compare(queries, rows, metric)
+        if nearest.shape[1] == k:
+            # Most rows are farther than the k that are known, for every query.
+            near = (distances < nearest.max(axis=1, keepdims=True)).any(axis=0)
+            labels, distances = labels[near], distances[:, near]
+        best = np.hstack([best, np.broadcast_to(labels, distances.shape)])
+        nearest = np.hstack([nearest, distances])
+        if best.shape[1] > k:
+            keep = np.argpartition(nearest, k - 1, axis=1)[:, :k]
+            best = np.take_along_axis(best, keep, axis=1)
+            nearest = np.take_along_axis(nearest, keep, axis=1)
+    order = np.argsort(nearest, axis=1, kind="stable")
+    return np.take_along_axis(best, order, axis=1), np.take_along_axis(nearest, order, axis=1)
+
+
+def pairwise(queries: Matrix, rows: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
+    """Return the distance of each query to rows of its own, of shape ``(n, k, dims)``.
+
+    For answers: the expansion that makes :func:`brute_force` fast loses digits between vectors
+    that are long and close.
+    """
+    if metric != "l2":
+        products: NDArray[np.float32] = np.einsum("id,ikd->ik", queries, rows)
+        return 1 - products
+    apart = rows - queries[:, None]
+    squares: NDArray[np.float32] = np.einsum("ikd,ikd->ik", apart, apart)
+    return squares
+
+
+def _compare(queries: Matrix, rows: Matrix, metric: Metric) -> NDArray[np.float32]:
+    products: NDArray[np.float32] = queries @ rows.T
+    if metric != "l2":
+        return 1 - products
+    distances = -2 * products
+    distances += np.einsum("ij,ij->i", rows, rows)[None]
+    distances += np.einsum("ij,ij->i", queries, queries)[:, None]
+    return distances
