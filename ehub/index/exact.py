@@ -52,6 +52,10 @@ def pairwise(queries: Matrix, rows: NDArray[np.float32], metric: Metric) -> NDAr
 
 
 def _compare(queries: Matrix, rows: Matrix, metric: Metric) -> NDArray[np.float32]:
+    if metric == "l2":
+        # Around their own middle: far from the origin the squares would swallow the distances.
+        middle = queries.mean(axis=0)
+        queries, rows = queries - middle, rows - middle
     products: NDArray[np.float32] = queries @ rows.T
     if metric != "l2":
         return 1 - products

@@ -145,8 +145,12 @@ class HnswIndex:
                 there = self._stored(near.ravel()).reshape(*near.shape, self.dims)
                 far = pairwise(queries, there, self.metric)
                 order = np.argsort(far, axis=1, kind="stable")
-                near, far = (np.take_along_axis(one, order, axis=1) for one in (near, far))
-                return self._answers(near, self._distances(far), wanted, staged=False)
+                return self._answers(
+                    np.take_along_axis(near, order, axis=1),
+                    self._distances(np.take_along_axis(far, order, axis=1)),
+                    wanted,
+                    staged=False,
+                )
             while found is None and asked > wanted:
                 # So many cannot be reached; enough may be.
                 asked = max(wanted, asked // 2)
