@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import platformdirs
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
@@ -94,4 +93,7 @@ def _default_data_dir() -> str:
     # into root's home.
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         return "/var/lib/ehub"
+    # Where it is not needed it need not be loaded: clients start often.
+    import platformdirs
+
     return platformdirs.user_data_dir("ehub", appauthor=False)

@@ -122,6 +122,7 @@ class Database:
                     kwargs={"autocommit": True},
                     min_size=0,
                     max_size=16,
+                    timeout=10,
                     num_workers=1,
                     check=_check_alive,
                     configure=_configure,
@@ -187,6 +188,8 @@ def _check_alive(connection: Connection) -> None:
     An idle connection has nothing to say; one that is readable holds the server's farewell.
     """
     if connection.closed or select.select([connection], [], [], 0)[0]:
+        # Closed, or the pool would take it for a good one.
+        connection.close()
         raise psycopg.OperationalError("the connection was lost while it was idle")
 
 

@@ -34,14 +34,9 @@ _START_SECONDS = 120.0
 
 
 class EmbeddedPostgres:
-    """A Postgres server in ``data_dir/postgres``, shared by all processes that use the folder.
-
-    Raises:
-        DependencyError: the extra ``ehub[embedded]`` is not installed.
-    """
+    """A Postgres server in ``data_dir/postgres``, shared by all processes that use the folder."""
 
     def __init__(self, data_dir: Path) -> None:
-        self._package = _import_pgserver()
         self._pgdata = data_dir / "postgres"
         self._data_dir = data_dir
         self._mutex = threading.Lock()
@@ -58,6 +53,7 @@ class EmbeddedPostgres:
         """Return the connection string, after starting the server where it does not run.
 
         Raises:
+            DependencyError: the extra ``ehub[embedded]`` is not installed.
             UnavailableError: it cannot be started; the message says where its log is.
         """
         with self._mutex:
@@ -98,6 +94,10 @@ class EmbeddedPostgres:
         )
         # Another process may be starting it; only one does.
         with self._lock("start.lock", fcntl.LOCK_EX):
+            if self._accepts():
+                # Whoever started it has prepared it.
+                self._conninfo = self._conninfo_for(self._pid_file()[4].strip())
+                return
             try:
                 self._pgdata.mkdir(exist_ok=True)
                 self._server().ensure_pgdata_inited()
@@ -108,7 +108,9 @@ class EmbeddedPostgres:
                     self._bury()
                     server = self._server()
                     server.ensure_postgres_running()
-                    self._conninfo = self._prepare(server.get_postmaster_info().socket_dir)
+                    socket_dir = str(server.get_postmaster_info().socket_dir)
+                    self._prepare(self._conninfo_for(socket_dir, "postgres"))
+                    self._conninfo = self._conninfo_for(socket_dir)
                 except (
                     AssertionError,
                     OSError,
@@ -123,48 +125,52 @@ class EmbeddedPostgres:
                 else:
                     return
 
-    def _prepare(self, socket_dir: Path) -> str:
-        # Everything is given, so that PG* variables for some other server have no say.
-        values = {
-            "host": str(socket_dir),
-            "port": "5432",
-            "user": "postgres",
-            "application_name": "ehub",
-            "options": "",
-            "sslmode": "disable",
-            "target_session_attrs": "any",
-        }
-        with psycopg.connect(make_conninfo(dbname="postgres", **values), autocommit=True) as conn:
+    def _prepare(self, conninfo: str) -> None:
+        with psycopg.connect(conninfo, autocommit=True) as conn:
             known = conn.execute("SELECT FROM pg_database WHERE datname = %s", [_DATABASE])
             if known.fetchone() is None:
                 conn.execute(f'CREATE DATABASE "{_DATABASE}"')
-        return make_conninfo(dbname=_DATABASE, **values)
+
+    def _conninfo_for(self, socket_dir: str, database: str = _DATABASE) -> str:
+        # Everything is given, so that PG* variables for some other server have no say.
+        return make_conninfo(
+            host=socket_dir,
+            port="5432",
+            user="postgres",
+            dbname=database,
+            application_name="ehub",
+            options="",
+            sslmode="disable",
+            target_session_attrs="any",
+        )
 
     def _server(self) -> Any:
-        package = self._package
+        package = _import_pgserver()
         version = package.pgdata_version(self._pgdata) or package.TARGET_POSTGRES_VERSION
         return package.PostgresServer(self._pgdata, cleanup_mode=None, postgres_version=version)
 
     def _accepts(self) -> bool:
         """Whether the server runs, by its pid file: cheap enough to ask before every connect."""
+        lines = self._pid_file()
+        # The last line says how far it is.
+        return len(lines) == 8 and lines[7].strip() == "ready" and _is_postgres(lines[0])
+
+    def _pid_file(self) -> list[str]:
         try:
-            pid = int((self._pgdata / "postmaster.pid").read_text().split("\n", 1)[0])
-            os.kill(pid, 0)
-        except PermissionError:
-            return True
-        except (OSError, ValueError):
-            return False
-        return not _is_zombie(pid)
+            return (self._pgdata / "postmaster.pid").read_text().splitlines()
+        except OSError:
+            return []
 
     def _bury(self) -> None:
-        """Remove the pid file of a killed server whose parent has not reaped it.
+        """Remove the lock files of a dead server whose number some other process has, or a zombie.
 
-        A zombie looks alive to pg_ctl, and Postgres would refuse to start beside it.
+        To pg_ctl either looks alive, and Postgres would refuse to start beside it.
         """
-        pid_file = self._pgdata / "postmaster.pid"
-        with contextlib.suppress(OSError, ValueError):
-            if _is_zombie(int(pid_file.read_text().split("\n", 1)[0])):
-                pid_file.unlink()
+        lines = self._pid_file()
+        if lines and not _is_postgres(lines[0]):
+            (self._pgdata / "postmaster.pid").unlink(missing_ok=True)
+            for socket_dir in lines[4:5]:
+                Path(socket_dir.strip(), ".s.PGSQL.5432.lock").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _lock(self, name: str, how: int) -> Iterator[bool]:
@@ -177,12 +183,19 @@ class EmbeddedPostgres:
                 yield True
 
 
-def _is_zombie(pid: int) -> bool:
+def _is_postgres(pid: str) -> bool:
+    """Whether there is a live Postgres of that process id; elsewhere than on Linux, any process."""
     try:
-        # The state follows the command, which is in parentheses and may hold spaces.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            # pid (command) state …: the command may hold anything but is the program's name here.
+            command, _, rest = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")
+            return command.endswith("(postgres") and rest.split()[0] != "Z"
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
         return False
+    return True
 
 
 def _import_pgserver() -> Any:

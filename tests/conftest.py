@@ -22,9 +22,10 @@ from ehub.config import Target, resolve
 from ehub.database import Database
 from ehub.migrate import migrate
 
-for name in [name for name in os.environ if name.startswith(("PG", "EHUB_DA"))]:
-    # The tests say which database they mean.
-    del os.environ[name]
+for name in list(os.environ):
+    # The tests say which database they mean; PGSERVER_… chooses the embedded server's version.
+    if name.startswith(("PG", "EHUB_DATA")) and not name.startswith("PGSERVER_"):
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

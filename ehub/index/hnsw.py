@@ -80,7 +80,9 @@ class HnswIndex:
         self._lock = _ReadWriteLock()
         # The key of each label; "" where the row was deleted or replaced.
         self._keys: list[str] = []
-        self._labels: dict[str, int] = {}
+        # The label of each key, made of the list when it is first asked for; and their number.
+        self._labels_made: dict[str, int] | None = {}
+        self._rows = 0
         # Labels from here on are staged.
         self._visible = 0
         self._tombstones = 0
@@ -93,10 +95,11 @@ class HnswIndex:
 
     def __len__(self) -> int:
         """Count the rows that answers come from."""
-        return len(self._labels)
+        return self._rows
 
     def __contains__(self, key: str) -> bool:
-        return key in self._labels
+        with self._lock.read():
+            return key in self._labels
 
     @property
     def tombstones(self) -> int:
@@ -110,7 +113,8 @@ class HnswIndex:
 
     def keys(self) -> list[str]:
         """All keys, in no order."""
-        return list(self._labels)
+        with self._lock.read():
+            return list(self._labels)
 
     def vector(self, key: str) -> Vector | None:
         """Return the stored vector of a key (of length 1 under cosine), None if there is none."""
@@ -128,19 +132,19 @@ class HnswIndex:
         if self.metric == "cosine":
             queries = unit(queries)
         with self._lock.read():
-            wanted = min(k, len(self._labels))
+            wanted = min(k, self._rows)
             if not wanted:
                 return [Found([], []) for _ in queries]
             # hnswlib searches with max(ef, k), and its own ef is left at its least: so asking for
             # more than is wanted is a setting of this call alone, safe beside others.
             live = self._graph.get_current_count() - self._tombstones
             # Staged rows may stand before visible ones; then more must be asked for.
-            staged = live - len(self._labels)
+            staged = live - self._rows
             asked = min(self.calibration.ef_for(wanted) + min(staged, wanted), live)
             found = self._query(queries, asked, threads)
             if found is None and asked == live:
                 # All of them, and some cannot be reached: they are few enough to compare.
-                rows = np.fromiter(self._labels.values(), np.int64, len(self._labels))
+                rows = self._visible_labels()
                 near, _ = brute_force(queries, [(rows, self._stored(rows))], wanted, self.metric)
                 there = self._stored(near.ravel()).reshape(*near.shape, self.dims)
                 far = pairwise(queries, there, self.metric)
@@ -178,7 +182,7 @@ class HnswIndex:
         if self.metric == "cosine":
             queries = unit(queries)
         with self._lock.read():
-            labels = np.fromiter(self._labels.values(), np.int64, len(self._labels))
+            labels = self._visible_labels()
 
         def batches() -> Iterator[tuple[NDArray[np.int64], Matrix]]:
             for start in range(0, len(labels), _EXACT_BATCH):
@@ -194,7 +198,7 @@ class HnswIndex:
     def sample(self, n: int, seed: int = 0) -> tuple[NDArray[np.int64], Matrix]:
         """Draw up to ``n`` rows: their labels, and their vectors by row."""
         with self._lock.read():
-            labels = np.fromiter(self._labels.values(), np.int64, len(self._labels))
+            labels = self._visible_labels()
             if len(labels) > n:
                 labels = np.random.default_rng(seed).choice(labels, n, replace=False)
             return labels, self._stored(labels)
@@ -241,6 +245,7 @@ class HnswIndex:
                 self._bury(self._labels.get(key))
                 self._labels[key] = label
             self._visible = len(self._keys)
+            self._rows = len(self._labels)
 
     def discard(self) -> None:
         """Forget what was staged and not published."""
@@ -289,14 +294,28 @@ class HnswIndex:
         index._graph.load_index(str(path), max_elements=_with_slack(len(keys)))
         index._lock = _ReadWriteLock()
         index._keys = keys
-        index._labels = {key: label for label, key in enumerate(keys) if key}
+        # A start that only searches does without the mapping.
+        index._labels_made = None
+        index._rows = len(keys) - keys.count("")
         index._visible = len(keys)
         index.disconnected = False
-        index._tombstones = index._graph.get_current_count() - len(index._labels)
+        index._tombstones = index._graph.get_current_count() - index._rows
         index.calibration = calibration
         return index
 
     # --- inside
+
+    @property
+    def _labels(self) -> dict[str, int]:
+        labels = self._labels_made
+        if labels is None:
+            # Twice at once does no harm: labels change under the lock of a writer, who asks first.
+            labels = {key: label for label, key in enumerate(self._keys[: self._visible]) if key}
+            self._labels_made = labels
+        return labels
+
+    def _visible_labels(self) -> NDArray[np.int64]:
+        return np.fromiter(self._labels.values(), np.int64, self._rows)
 
     def _require(self, vectors: Matrix) -> None:
         # hnswlib reads whatever memory follows a vector that is too short.

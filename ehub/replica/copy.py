@@ -426,7 +426,7 @@ class Copy:
             self._build()
             return
         watermark = Watermark.parse(manifest.watermark)
-        with contextlib.closing(self._shared.database.connect()) as connection:
+        with self._shared.database.connection() as connection:
             nonce = acknowledged_nonce(connection, store.identity(), entry.index_id)
             known = nonce == uuid.UUID(manifest.nonce)
             if known and self.owner:

@@ -239,8 +239,9 @@ def check_recall(index, target):
         truth, _ = index.exact(queries, k)
         found = index.labels_found(queries, k, index.calibration.ef_for(k))
         recall = np.mean([len({*a} & {*b}) / k for a, b in zip(truth, found, strict=True)])
-        # Both are samples, and the rows that were held out have made the index larger since.
-        assert recall >= target - 0.03
+        # Both are samples, whose error is larger where recall is lower, and the rows that were
+        # held out have made the index larger since.
+        assert recall >= target - (1 - target) / 4
 
 
 def test_calibration_tells_where_the_target_is_out_of_reach():

@@ -1,0 +1,106 @@
+"""The README: every example and every command in it is run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+import ehub
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
+
+
+def test_python(url, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("EHUB_DATABASE_URL", url)
+    monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
+    (example,) = blocks("python")
+    exec(compile(example, "README.md", "exec"), {})
+    assert "apple [1. 0. 0.]" in capsys.readouterr().out
+
+
+def test_sql(hub, db):
+    (example,) = blocks("sql")
+    answers = [
+        db.execute(one).fetchall() if one.strip().startswith("SELECT") else db.execute(one)
+        for one in example.split(";\n")
+        if one.strip()
+    ]
+    assert [key for key, _ in answers[2]] == ["apple", "pear"]
+    assert [row[0] for row in answers[3]] == ["pear"]
+    assert hub.spaces() == []
+
+
+def test_commands(url, tmp_path):
+    words = {"king": 1, "queen": 2, "prince": 3}
+    (tmp_path / "glove.6B.100d.txt").write_text(
+        "".join(f"{word} {' '.join([str(n), *['1'] * 99])}\n" for word, n in words.items())
+    )
+    setup, install, commands = blocks("sh")
+    assert [line.split("#")[0].split() for line in setup.splitlines()] == [
+        ["make", "demo"],
+        ["make", "test"],
+    ]
+    assert install.startswith("pip install 'ehub[embedded]'")
+    environment = {
+        **os.environ,
+        "EHUB_DATABASE_URL": url,
+        "EHUB_DATA_DIR": str(tmp_path / "data"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    for command in commands.splitlines():
+        done = subprocess.run(
+            command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\| `ehub (\w+)", README, re.M))
+def test_the_table_of_commands(command):
+    ehub_program = str(Path(sys.executable).with_name("ehub"))
+    help_text = subprocess.run(
+        [ehub_program, command, "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "Usage: ehub" in help_text
+
+
+def test_no_command_is_left_out():
+    help_text = subprocess.run(
+        [str(Path(sys.executable).with_name("ehub")), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "200"},
+    ).stdout
+    listed = set(re.findall(r"^[│ ]\s?(\w+)  ", help_text, re.M))
+    assert listed == set(re.findall(r"^\| `ehub (\w+)", README, re.M))
+
+
+def test_the_layout_is_what_is_there():
+    (layout,) = re.findall(r"## Layout\n\n```\n(.*?)```", README, re.S)
+    named = set(re.findall(r"(\w+\.py)", layout)) | set(re.findall(r"^\s+(\w+)/", layout, re.M))
+    there = {path.name for path in (ROOT / "ehub").iterdir()} - {
+        "__init__.py",
+        "__pycache__",
+        "py.typed",
+    }
+    assert named == there
+
+
+def test_the_example_in_the_package(url, tmp_path, monkeypatch):
+    import doctest
+
+    monkeypatch.setenv("EHUB_DATABASE_URL", url)
+    monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
+    assert doctest.testmod(ehub).failed == 0
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT name FROM ehub.space").fetchall() == [("quickstart",)]

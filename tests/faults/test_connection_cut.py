@@ -1,0 +1,156 @@
+"""A proxy between client and server that cuts, stalls and refuses connections."""
+
+import contextlib
+import socket
+import threading
+import time
+
+import pytest
+from oracle import table
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+import ehub
+
+
+class Proxy:
+    """Forwards TCP connections to a server's socket until it is told otherwise."""
+
+    def __init__(self, url):
+        values = conninfo_to_dict(url)
+        self.host, self.port = values["host"], int(values.get("port", 5432))
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = make_conninfo(
+            url, host="127.0.0.1", port=self.listener.getsockname()[1], sslmode="disable"
+        )
+        self.open = True
+        self.stalled = threading.Event()
+        self.stalled.set()
+        self.pairs = []
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            if not self.open:
+                client.close()
+                continue
+            if self.host.startswith("/"):
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(f"{self.host}/.s.PGSQL.{self.port}")
+            else:
+                server = socket.create_connection((self.host, self.port))
+            self.pairs.append((client, server))
+            for source, target in ((client, server), (server, client)):
+                threading.Thread(target=self.forward, args=(source, target), daemon=True).start()
+
+    def forward(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self.stalled.wait()
+                target.sendall(data)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        for pair in self.pairs:
+            for end in pair:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+        self.pairs.clear()
+
+    def close(self):
+        self.stalled.set()
+        self.listener.close()
+        for pair in self.pairs:
+            for end in pair:
+                end.close()
+
+
+@pytest.fixture
+def proxy(url):
+    proxy = Proxy(url)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def space(proxy, tmp_path):
+    with ehub.connect(proxy.url, data_dir=tmp_path) as hub:
+        space = hub.create_space("s", 2)
+        space.multiset({f"k{i}": [i, 1] for i in range(100)})
+        space.wait_until_indexed(30)
+        yield space
+
+
+def until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(ehub.UnavailableError):
+            if condition():
+                return
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def equal(space, db):
+    index = space._index(True)
+    return index is not None and set(index.keys()) == set(table(db, "s"))
+
+
+def test_changes_during_an_outage_are_caught_up(proxy, space, db, caplog):
+    for round_ in range(3):
+        proxy.open = False
+        proxy.cut()
+        db.execute("INSERT INTO spaces.s VALUES (%s, '[500,500]')", [f"new{round_}"])
+        db.execute("DELETE FROM spaces.s WHERE key = %s", [f"k{round_}"])
+        # As of its watermark it goes on answering.
+        until(lambda: not space._replica._shared.connected)
+        assert space.nearest_neighbors(1, vector=[50, 1])[0].key == "k50"
+        if round_ == 0:
+            with pytest.raises(ehub.UnavailableError):
+                space.nearest_neighbors(1, vector=[50, 1], consistency="strong")
+        proxy.open = True
+        until(lambda: equal(space, db))
+        until(lambda: space.nearest_neighbors(3, vector=[500, 500])[round_].distance == 0)
+    # Once each time it falls behind and once when it is back, not with every attempt.
+    assert 3 <= sum("falls behind" in record.message for record in caplog.records) <= 8
+    assert "follows the database again" in caplog.text
+
+
+def test_a_stalled_connection_costs_a_bounded_time(proxy, space):
+    proxy.stalled.clear()
+    started = time.monotonic()
+    assert space.nearest_neighbors(1, vector=[50, 1])[0].key == "k50"
+    assert time.monotonic() - started < 0.5
+    proxy.stalled.set()
+
+
+def test_pooled_connections_that_died_idle_are_replaced(proxy, space):
+    for _ in range(5):
+        assert space.get("k1").tolist() == [1, 1]
+        proxy.cut()
+        time.sleep(0.1)
+        space.set("k1", [1, 1])
+
+
+def test_a_write_whose_fate_is_unknown_says_so(proxy, space, db):
+    with db.transaction():
+        db.execute("LOCK TABLE ehub_data.v1")
+        failures = []
+
+        def write():
+            try:
+                space.set("k1", [2, 2])
+            except ehub.UnavailableError as error:
+                failures.append(error)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        time.sleep(0.3)
+        proxy.cut()
+        writer.join()
+    assert len(failures) == 1
