@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from ehub.types import Matrix, Metric
 
+# Of an intermediate array: 16 MB.
+_FLOATS = 1 << 22
+
 
 def brute_force(
     queries: Matrix, batches: Iterable[tuple[NDArray[np.int64], Matrix]], k: int, metric: Metric
@@ -37,12 +40,32 @@ def brute_force(
     return np.take_along_axis(best, order, axis=1), np.take_along_axis(nearest, order, axis=1)
 
 
-def pairwise(queries: Matrix, rows: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
-    """Return the distance of each query to rows of its own, of shape ``(n, k, dims)``.
+def nearest_among(
+    queries: Matrix, labels: NDArray[np.int64], rows: Matrix, k: int, metric: Metric
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Answer as :func:`brute_force` from few rows, with all digits of the distances.
 
-    For answers: the expansion that makes :func:`brute_force` fast loses digits between vectors
-    that are long and close.
+    The expansion that makes brute force fast loses some between vectors that are long and close;
+    so it only selects, and what it selects is compared once more.
     """
+    k = min(k, len(rows))
+    near = np.empty((len(queries), k), np.int64)
+    far = np.empty((len(queries), k), np.float32)
+    if not k:
+        return near, far
+    step = max(1, _FLOATS // max(1, k * rows.shape[1]))
+    for start in range(0, len(queries), step):
+        part = queries[start : start + step]
+        places, _ = brute_force(part, [(np.arange(len(rows)), rows)], k, metric)
+        distances = _pairwise(part, rows[places], metric)
+        order = np.argsort(distances, axis=1, kind="stable")
+        near[start : start + step] = labels[np.take_along_axis(places, order, axis=1)]
+        far[start : start + step] = np.take_along_axis(distances, order, axis=1)
+    return near, far
+
+
+def _pairwise(queries: Matrix, rows: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
+    """Return the distance of each query to rows of its own, of shape ``(n, k, dims)``."""
     if metric != "l2":
         products: NDArray[np.float32] = np.einsum("id,ikd->ik", queries, rows)
         return 1 - products

@@ -17,8 +17,9 @@ import hnswlib  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
+from ehub.index import tail
 from ehub.index.calibrate import Calibration
-from ehub.index.exact import brute_force, pairwise
+from ehub.index.exact import brute_force, nearest_among
 from ehub.types import Matrix, Metric, Vector
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -85,6 +86,7 @@ class HnswIndex:
         self._rows = 0
         # Labels from here on are staged.
         self._visible = 0
+        self._tail = tail.Tail(dims)
         self._tombstones = 0
         # What searches go by; put another one in its place after measuring.
         self.calibration = Calibration.untried()
@@ -135,43 +137,55 @@ class HnswIndex:
             wanted = min(k, self._rows)
             if not wanted:
                 return [Found([], []) for _ in queries]
-            # hnswlib searches with max(ef, k), and its own ef is left at its least: so asking for
-            # more than is wanted is a setting of this call alone, safe beside others.
-            live = self._graph.get_current_count() - self._tombstones
-            # Staged rows may stand before visible ones; then more must be asked for.
-            staged = live - self._rows
-            asked = min(self.calibration.ef_for(wanted) + min(staged, wanted), live)
-            found = self._query(queries, asked, threads)
-            if found is None and asked == live:
-                # All of them, and some cannot be reached: they are few enough to compare.
-                rows = self._visible_labels()
-                near, _ = brute_force(queries, [(rows, self._stored(rows))], wanted, self.metric)
-                there = self._stored(near.ravel()).reshape(*near.shape, self.dims)
-                far = pairwise(queries, there, self.metric)
-                order = np.argsort(far, axis=1, kind="stable")
-                return self._answers(
-                    np.take_along_axis(near, order, axis=1),
-                    self._distances(np.take_along_axis(far, order, axis=1)),
-                    wanted,
-                    staged=False,
-                )
-            while found is None and asked > wanted:
-                # So many cannot be reached; enough may be.
-                asked = max(wanted, asked // 2)
-                found = self._query(queries, asked, threads)
-            while found is not None and staged and asked < live:
-                if ((found[0] < self._visible).sum(axis=1) >= wanted).all():
-                    break
-                asked = min(asked * 4, live)
-                found = self._query(queries, asked, threads)
+            recent, rows = self._tail.below(self._visible)
+            if self._tail.base == 0:
+                near, far = nearest_among(queries, recent, rows, wanted, self.metric)
+                return self._answers(near, far)
+            found = self._reach(queries, wanted, threads)
             if found is None:
-                self.disconnected = not staged
                 return None
-            labels, distances = found
-            if not staged:
-                # What was asked for only to widen the search goes first.
-                labels, distances = labels[:, :wanted], distances[:, :wanted]
-            return self._answers(labels, self._distances(distances), wanted, bool(staged))
+            near, far = found
+            if len(recent) or len(self._keys) > self._visible:
+                # What the graph found of the newest rows is there anyway, staged ones not yet.
+                far = np.where(near < min(self._tail.base, self._visible), far, np.inf)
+                newest = nearest_among(queries, recent, rows, wanted, self.metric)
+                near, far = np.hstack([near, newest[0]]), np.hstack([far, newest[1]])
+                order = np.argsort(far, axis=1, kind="stable")[:, :wanted]
+                near = np.take_along_axis(near, order, axis=1)
+                far = np.take_along_axis(far, order, axis=1)
+            return self._answers(near[:, :wanted], far[:, :wanted])
+
+    def _reach(
+        self, queries: Matrix, wanted: int, threads: int | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Search the graph for at least ``wanted`` visible rows, and staged ones among them."""
+        # hnswlib searches with max(ef, k), and its own ef is left at its least: so asking for
+        # more than is wanted is a setting of this call alone, safe beside others.
+        live = self._graph.get_current_count() - self._tombstones
+        # Staged rows may stand before visible ones; then more must be asked for.
+        staged = live - self._rows
+        asked = min(self.calibration.ef_for(wanted) + min(staged, wanted), live)
+        found = self._query(queries, asked, threads)
+        if found is None and asked == live:
+            # All of them, and some cannot be reached: they are few enough to compare.
+            labels = self._visible_labels()
+            return nearest_among(queries, labels, self._stored(labels), wanted, self.metric)
+        while found is None and asked > wanted:
+            # So many cannot be reached; enough may be.
+            asked = max(wanted, asked // 2)
+            found = self._query(queries, asked, threads)
+        while found is not None and staged and asked < live:
+            if ((found[0] < self._visible).sum(axis=1) >= wanted).all():
+                break
+            asked = min(asked * 4, live)
+            found = self._query(queries, asked, threads)
+        if found is None:
+            self.disconnected = not staged
+            return None
+        if not staged:
+            # What was asked for only to widen the search goes first.
+            found = found[0][:, :wanted], found[1][:, :wanted]
+        return found[0].astype(np.int64), found[1]
 
     def exact(self, queries: Matrix, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Find the nearest ``k`` of each query among all rows, by comparing all of them.
@@ -233,6 +247,7 @@ class HnswIndex:
                 labels = np.arange(len(self._keys), len(self._keys) + len(part), dtype=np.uint64)
                 # The labels are taken first: even one that fails is never used again.
                 self._keys.extend(part)
+                self._tail.extend(vectors[start : start + size])
                 self._graph.add_items(vectors[start : start + size], labels, num_threads=THREADS)
 
     def publish(self, deleted: Collection[str] = ()) -> None:
@@ -244,6 +259,9 @@ class HnswIndex:
                 key = self._keys[label]
                 self._bury(self._labels.get(key))
                 self._labels[key] = label
+            if not self._visible and len(self._keys) > tail.SIZE:
+                # Just built: the graph has been measured, and only what comes later is new.
+                self._tail = tail.Tail(self.dims, base=len(self._keys))
             self._visible = len(self._keys)
             self._rows = len(self._labels)
 
@@ -255,6 +273,7 @@ class HnswIndex:
                 with contextlib.suppress(RuntimeError):
                     self._bury(label)
                 self._keys[label] = ""
+                self._tail.bury(label)
             self._visible = len(self._keys)
 
     def differing(self, keys: Sequence[str], vectors: Matrix) -> NDArray[np.bool_]:
@@ -298,9 +317,18 @@ class HnswIndex:
         index._labels_made = None
         index._rows = len(keys) - keys.count("")
         index._visible = len(keys)
+        index._tail = tail.Tail(dims, base=len(keys))
         index.disconnected = False
         index._tombstones = index._graph.get_current_count() - index._rows
         index.calibration = calibration
+        if len(keys) <= tail.SIZE:
+            index._tail = tail.Tail(dims)
+            labels = np.flatnonzero([bool(key) for key in keys])
+            vectors = np.zeros((len(keys), dims), np.float32)
+            vectors[labels] = index._stored(labels)
+            index._tail.extend(vectors)
+            for label in set(range(len(keys))) - set(labels.tolist()):
+                index._tail.bury(label)
         return index
 
     # --- inside
@@ -331,6 +359,7 @@ class HnswIndex:
         if label is not None:
             self._graph.mark_deleted(label)
             self._keys[label] = ""
+            self._tail.bury(label)
             self._tombstones += 1
 
     def _query(
@@ -359,24 +388,12 @@ class HnswIndex:
             return np.clip(wide, 0, 2)
         return wide - 1
 
-    def _answers(
-        self, labels: NDArray[Any], distances: NDArray[np.float64], k: int, staged: bool
-    ) -> list[Found]:
+    def _answers(self, labels: NDArray[np.int64], distances: NDArray[np.float32]) -> list[Found]:
         keys = self._keys
-        if not staged:
-            return [
-                Found([keys[label] for label in row], near)
-                for row, near in zip(labels.tolist(), distances.tolist(), strict=True)
-            ]
-        answers = []
-        for row, near in zip(labels.tolist(), distances.tolist(), strict=True):
-            pairs = [
-                (keys[label], distance)
-                for label, distance in zip(row, near, strict=True)
-                if label < self._visible
-            ][:k]
-            answers.append(Found([key for key, _ in pairs], [distance for _, distance in pairs]))
-        return answers
+        return [
+            Found([keys[label] for label in row], near)
+            for row, near in zip(labels.tolist(), self._distances(distances).tolist(), strict=True)
+        ]
 
 
 class _ReadWriteLock:

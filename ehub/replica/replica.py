@@ -188,7 +188,9 @@ class Replica:
                 for copy in list(self._copies.values()):
                     copy.look_after(worker)
                 self._trim(worker)
-                failures = 0
+                if failures:
+                    _log.warning("the index follows the database again")
+                    failures = 0
                 if found:
                     self._listener.wake_up(worker)
                     restless = _RESTLESS_SECONDS[0]
@@ -212,9 +214,6 @@ class Replica:
                 longest = min(_BACKOFF_SECONDS[0] * 2**failures, _BACKOFF_SECONDS[1])
                 # Jitter, so that many clients of a server that comes back do not come at once.
                 self._listener.wait(None, longest * random.uniform(0.5, 1))  # noqa: S311
-            else:
-                if failures:
-                    _log.warning("the index follows the database again")
 
     def _rest(self, worker: Connection, seconds: float) -> None:
         if not self._shared.stopping:

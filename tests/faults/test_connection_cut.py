@@ -60,7 +60,6 @@ class Proxy:
             for end in pair:
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
-        self.pairs.clear()
 
     def close(self):
         self.stalled.set()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from oracle import check_neighbors
 
-from ehub.index import HnswIndex, build_index, calibrate
+from ehub.index import HnswIndex, build_index, calibrate, tail
 from ehub.types import Neighbor
 
 METRICS = ["l2", "cosine", "ip"]
@@ -92,6 +92,21 @@ def test_small_indexes_that_deletions_cut_apart_still_answer_exactly():
         check_neighbors(neighbors(found), left, "l2", far[0], 20)
 
 
+def test_an_outlier_is_found_by_who_has_just_added_it():
+    index, table = filled(rows=3000)
+    calibrate(index, 0.9)
+    for i in range(200):
+        far = np.full((2, 8), 100.0 + i) + [[0], [0.1]]
+        index.add(["a", "b"], far.astype(np.float32))
+        index.publish()
+        assert index.search(far[:1].astype(np.float32), 2)[0].keys == ["a", "b"]
+        index.publish(["a", "b"])
+        if i % 20 == 0:
+            query = table[f"k{i}"]
+            (found,) = index.search(query[None], 10)
+            check_neighbors(neighbors(found), table, "l2", query, 10, recall=0.5)
+
+
 def test_what_is_discarded_never_appears():
     index, table = filled(rows=100)
     index.add(["k1", "new"], np.tile(table["k0"], (2, 1)))
@@ -168,8 +183,14 @@ def test_readers_and_a_writer_at_once():
 class IndexMachine(RuleBasedStateMachine):
     """Adds, replacements and deletions in any order, against a dict."""
 
-    @initialize(metric=st.sampled_from(METRICS), seed=st.integers(0, 1000))
-    def begin(self, metric, seed):
+    @initialize(
+        metric=st.sampled_from(METRICS),
+        seed=st.integers(0, 1000),
+        newest=st.sampled_from([3, 1024]),
+    )
+    def begin(self, metric, seed, newest):
+        # With few rows kept apart, the graph answers too.
+        tail.SIZE = newest
         self.metric = metric
         self.random = np.random.default_rng(seed)
         self.index = HnswIndex(5, metric)
@@ -195,6 +216,9 @@ class IndexMachine(RuleBasedStateMachine):
     def discard(self):
         self.index.discard()
         self.staged = {}
+
+    def teardown(self):
+        tail.SIZE = 1024
 
     @invariant()
     def equals_the_table(self):
