@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias, cast, overload
 
@@ -52,9 +51,6 @@ class Space:
         self._database = database
         self._replica = replica
         self._view = sql.Identifier("spaces", name)
-        self._mutex = threading.Lock()
-        # Transactions of this process that the index may not have seen yet.
-        self._written: set[int] = set()
         self._shape = self._read_shape()
 
     @property
@@ -387,15 +383,9 @@ class Space:
         if self._replica is None:
             return None
         self._replica.follow(self._name)
-        written = tuple(self._written)
-        answer = self._replica.index(self._name, written, strong=strong)
-        if answer is None:
+        index = self._replica.index(self._name, strong=strong)
+        if index is None:
             return None
-        index, _ = answer
-        if written:
-            # Seen once is seen for good.
-            with self._mutex:
-                self._written.difference_update(written)
         # The space may have been made anew, with other dims.
         return index if index.dims == self.dims and index.metric == self.metric else None
 
@@ -506,8 +496,7 @@ class Space:
     def _wrote(self, row: Sequence[int] | None) -> None:
         """Remember a transaction that the index must see before it answers this process."""
         if row and self._replica is not None:
-            with self._mutex:
-                self._written.add(row[0])
+            self._replica.wrote(self._name, row[0])
 
     def _read_shape(self) -> _Shape:
         with self._database.connection(self._name) as connection:

@@ -51,6 +51,7 @@ def build_index(
     calibrate_build(index, target_recall, rows_of, _comparable(aside, metric))
     index.add([keys[row] for row in held_out], aside)
     index.publish()
+    index.settle()
     return index
 
 

@@ -26,14 +26,16 @@ from ehub.types import Matrix
 if TYPE_CHECKING:
     from ehub.index.hnsw import HnswIndex
 
-_QUERIES = 400
+_QUERIES = 500
+# Each of them has ten times as many neighbours to find.
+_QUERIES_LARGE = 100
 # Fewer rows than this are not worth holding any out.
 _FEW = 200
 _SMALL, _LARGE = 10, 100
 _BATCH = 8192
 _LOWEST_EF, _HIGHEST_EF = 16, 4096
-# One-sided 95 %.
-_Z = 1.645
+# One-sided 99 %.
+_Z = 2.326
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def _find(index: HnswIndex, trial: _Trial, target: float, bias: float) -> Calibr
         return Calibration(ef=_HIGHEST_EF, ef_large=_HIGHEST_EF, recall=None, bias=bias)
     goal = min(target + bias, 0.9995)
     ef, recall = trial.smallest_ef(_SMALL, goal, _LOWEST_EF)
-    ef_large, _ = trial.smallest_ef(min(_LARGE, rows - 1), goal, ef)
+    ef_large, _ = trial.first(_QUERIES_LARGE).smallest_ef(min(_LARGE, rows - 1), goal, ef)
     return Calibration(ef=ef, ef_large=max(ef, ef_large), recall=recall - bias, bias=bias)
 
 
@@ -145,6 +147,10 @@ class _Trial:
         truth: NDArray[np.int64],
     ) -> None:
         self._index, self._queries, self._own, self._truth = index, queries, own, truth
+
+    def first(self, n: int) -> _Trial:
+        """Return the same trial with fewer queries."""
+        return _Trial(self._index, self._queries[:n], self._own[:n], self._truth[:n])
 
     def measure(self, k: int, ef: int) -> tuple[float, float]:
         """Return recall@k at an ``ef``, and its standard error."""

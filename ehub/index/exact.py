@@ -49,6 +49,11 @@ def nearest_among(
     so it only selects, and what it selects is compared once more.
     """
     k = min(k, len(rows))
+    if len(queries) * rows.size <= _FLOATS // 4:
+        # So few that all of them can be compared with all digits.
+        distances = _pairwise(queries, rows[None], metric)
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        return labels[order], np.take_along_axis(distances, order, axis=1)
     near = np.empty((len(queries), k), np.int64)
     far = np.empty((len(queries), k), np.float32)
     if not k:
@@ -65,9 +70,9 @@ def nearest_among(
 
 
 def _pairwise(queries: Matrix, rows: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
-    """Return the distance of each query to rows of its own, of shape ``(n, k, dims)``."""
+    """Return the distance of each query to rows of its own, of shape ``(n or 1, k, dims)``."""
     if metric != "l2":
-        products: NDArray[np.float32] = np.einsum("id,ikd->ik", queries, rows)
+        products: NDArray[np.float32] = (rows @ queries[:, :, None])[:, :, 0]
         return 1 - products
     apart = rows - queries[:, None]
     squares: NDArray[np.float32] = np.einsum("ikd,ikd->ik", apart, apart)

@@ -259,11 +259,14 @@ class HnswIndex:
                 key = self._keys[label]
                 self._bury(self._labels.get(key))
                 self._labels[key] = label
-            if not self._visible and len(self._keys) > tail.SIZE:
-                # Just built: the graph has been measured, and only what comes later is new.
-                self._tail = tail.Tail(self.dims, base=len(self._keys))
             self._visible = len(self._keys)
             self._rows = len(self._labels)
+
+    def settle(self) -> None:
+        """Leave all rows to the graph, as after a build that was measured."""
+        with self._lock.write():
+            if len(self._keys) > tail.SIZE:
+                self._tail = tail.Tail(self.dims, base=len(self._keys))
 
     def discard(self) -> None:
         """Forget what was staged and not published."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ehub.types import Matrix
 
-SIZE = 1024
+SIZE = 256
 
 
 class Tail:

@@ -8,7 +8,6 @@ import enum
 import logging
 import os
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -33,6 +32,7 @@ from ehub.replica.log import (
     stream_rows,
     take_snapshot,
 )
+from ehub.replica.spool import Spool
 from ehub.types import Matrix
 from ehub.watermark import Watermark
 
@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 _SAVE_SECONDS = 300.0
 _ACKNOWLEDGE_SECONDS = 30.0
+_MANY_KEYS = 100_000
 _REPORT_SECONDS = 10.0
 # A saved index is worth its log for a day; one that lives in memory has to show that it lives.
 _SAVED_LEASE = "1 day"
@@ -47,7 +48,6 @@ _MEMORY_LEASE = "5 minutes"
 
 # A backlog from here on is a job.
 _LARGE_BACKLOG = 5000
-_BUILD_BATCH = 4096
 # Tombstones cost searches some 15 % at a fifth of the graph.
 _REBUILD_TOMBSTONES = 0.2
 _RECALIBRATE_CHANGES = 0.2
@@ -172,8 +172,8 @@ class Copy:
         """
         if self.acknowledged is None:
             return
+        nonce = acknowledged_nonce(worker, self.id, self.entry.index_id)
         with self._shared.changed:
-            nonce = acknowledged_nonce(worker, self.id, self.entry.index_id)
             if nonce != self.nonce or self.mixed:
                 _log.warning("space %r: this is not the state it knew; comparing", self.entry.space)
                 self.watermark = self.nonce = None
@@ -263,7 +263,7 @@ class Copy:
             elif self.unmeasured > _RECALIBRATE_CHANGES * rows:
                 if self._submit("measure", self._measure, index):
                     self.unmeasured = 0
-            elif self.owner and self.unsaved and now - self.saved_at > _SAVE_SECONDS:
+            elif self.owner and self.unsaved and self._save_is_due(now):
                 self._begin_save(index, watermark)
             elif not self.owner and now - self.acknowledged_at > _ACKNOWLEDGE_SECONDS:
                 if self.job is None and watermark != self.acknowledged:
@@ -301,6 +301,11 @@ class Copy:
         if kept == (False,):
             # The lease ran out, or the space is being deleted: the log may be gone.
             self.watermark = self.nonce = None
+
+    def _save_is_due(self, now: float) -> bool:
+        # Keys that are not acknowledged are kept in memory.
+        many = len(self.unacknowledged) > _MANY_KEYS
+        return now - self.saved_at > (_ACKNOWLEDGE_SECONDS if many else _SAVE_SECONDS)
 
     def _begin_save(self, index: HnswIndex, watermark: Watermark) -> None:
         if self.job is not None:
@@ -349,10 +354,12 @@ class Copy:
                 self.store.delete()
         self.store.release()
 
-    def join(self) -> None:
-        """Wait for the job that is under way, after the replica was told to stop."""
-        if self._thread is not None:
-            self._thread.join()
+    def join(self, seconds: float) -> bool:
+        """Wait for the job under way, after the replica was told to stop; True if it did."""
+        if self._thread is None:
+            return True
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _acknowledge(self, connection: Connection, watermark: Watermark, nonce: uuid.UUID) -> None:
         connection.execute(
@@ -447,7 +454,7 @@ class Copy:
         entry = self.entry
         if self.index is None:
             self.state = State.BUILDING
-        with _Spool(self.store.folder, entry.dims) as spool:
+        with Spool(self.store.folder, entry.dims) as spool:
             watermark = self._stream(spool.write)
             self.done, self.total = 0, spool.rows
             index = build_index(
@@ -490,7 +497,7 @@ class Copy:
         index, epoch = state.index, self._shared.epoch
         if index is None or state.watermark is None:
             return
-        with _Spool(self.store.folder, entry.dims) as spool:
+        with Spool(self.store.folder, entry.dims) as spool:
             with contextlib.closing(self._shared.database.connect()) as connection:
                 with repeatable_read(connection):
                     snapshot, trimmed = take_snapshot(connection)
@@ -546,45 +553,6 @@ class Copy:
     def _check_stopped(self) -> None:
         if self._shared.stopping or self._dropped:
             raise _Stopped
-
-
-class _Spool:
-    """Rows on disk, so that a long build holds neither a transaction nor twice the memory."""
-
-    def __init__(self, folder: Path, dims: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
-        self._dims = dims
-        self._keys: list[str] = []
-
-    @property
-    def rows(self) -> int:
-        return len(self._keys)
-
-    def write(self, keys: list[str], vectors: Matrix) -> None:
-        self._keys += keys
-        self._file.write(vectors.tobytes())
-
-    def all(self) -> tuple[list[str], Matrix]:
-        """Return all rows; the vectors stay in the file, which is mapped to memory."""
-        if not self._keys:
-            return [], np.empty((0, self._dims), np.float32)
-        self._file.flush()
-        shape = (len(self._keys), self._dims)
-        return self._keys, np.memmap(self._file, np.float32, "r", shape=shape)
-
-    def batches(self) -> Iterator[tuple[list[str], Matrix]]:
-        self._file.seek(0)
-        for start in range(0, len(self._keys), _BUILD_BATCH):
-            keys = self._keys[start : start + _BUILD_BATCH]
-            data = self._file.read(len(keys) * self._dims * 4)
-            yield keys, np.frombuffer(data, np.float32).reshape(len(keys), self._dims)
-
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 def _apply(index: HnswIndex, keys: set[str], rows: Iterable[tuple[list[str], Matrix]]) -> None:

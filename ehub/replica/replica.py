@@ -18,7 +18,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 from psycopg import errors as pg
 
@@ -28,7 +28,6 @@ from ehub.index import HnswIndex
 from ehub.listener import Listener
 from ehub.replica.copy import Copy, Progress, Shared, State
 from ehub.replica.log import read_catalogue, take_snapshot
-from ehub.watermark import Watermark
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +40,7 @@ _BACKOFF_SECONDS = (0.1, 10.0)
 # How long a search waits for the replica before it goes exact.
 _PATIENCE_SECONDS = 1.0
 _TRIM_SECONDS = 60.0
+_LEAVE_SECONDS = 30.0
 
 
 class Replica:
@@ -58,6 +58,7 @@ class Replica:
         self._identity: tuple[int, int] | None = None
         self._wanted: set[str] = set()
         self._copies: dict[str, Copy] = {}
+        self._written: dict[str, set[int]] = {}
         self._started = 0
         self._finished = 0
         self._trimmed_at = time.monotonic()
@@ -79,14 +80,22 @@ class Replica:
                 atexit.register(self.close)
         self._listener.interrupt()
 
-    def index(
-        self, space: str, written: Iterable[int] = (), *, strong: bool = False
-    ) -> tuple[HnswIndex, Watermark] | None:
-        """Return the index of a space where it may answer, with its watermark, else None.
+    def wrote(self, space: str, xid: int) -> None:
+        """Remember a transaction of this process: the index must see it before it answers."""
+        if space in self._wanted:
+            with self._shared.changed:
+                self._written.setdefault(space, set()).add(xid)
 
-        It may if it is ready and sees the transactions ``written``; ``strong``: all that was
-        committed before the call. Waits a moment for either.
+    def index(self, space: str, *, strong: bool = False) -> HnswIndex | None:
+        """Return the index of a space where it may answer, else None.
+
+        It may if it is ready and sees what this process wrote; ``strong``: all that was committed
+        before the call. Waits a moment for either.
         """
+        written: Collection[int] = self._written.get(space, ())
+        if written:
+            with self._shared.changed:
+                written = tuple(written)
         copy = self._copies.get(space)
         if copy is None or not copy.serving():
             return None
@@ -101,7 +110,11 @@ class Replica:
         index = copy.index
         if index is None or watermark is None or not all(watermark.sees(xid) for xid in written):
             return None
-        return index, watermark
+        if written:
+            # Seen once is seen for good.
+            with self._shared.changed:
+                self._written[space].difference_update(written)
+        return index
 
     def _next_cycle(self, timeout: float | None) -> int | None:
         """Wait for a cycle that begins after this call; None if none ended in time."""
@@ -166,12 +179,15 @@ class Replica:
         self._listener.interrupt()
         atexit.unregister(self.close)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_LEAVE_SECONDS)
         for copy in self._copies.values():
-            copy.join()
-            if self._shared.connected:
+            # Where the database does not answer, what was saved before has to do.
+            if copy.join(_LEAVE_SECONDS) and self._shared.connected and not self._runs():
                 copy.leave()
             copy.drop(delete=False)
+        if self._runs():
+            _log.warning("the database does not answer; leaving without a word to it")
+            return
         if self._worker is not None:
             self._worker.close()
         self._listener.close()
@@ -214,6 +230,9 @@ class Replica:
                 longest = min(_BACKOFF_SECONDS[0] * 2**failures, _BACKOFF_SECONDS[1])
                 # Jitter, so that many clients of a server that comes back do not come at once.
                 self._listener.wait(None, longest * random.uniform(0.5, 1))  # noqa: S311
+
+    def _runs(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def _rest(self, worker: Connection, seconds: float) -> None:
         if not self._shared.stopping:

@@ -71,6 +71,12 @@ def test_a_client_sees_its_own_writes_at_once(space):
     assert answers_from_index(space)
 
 
+def test_so_does_another_handle_of_the_same_client(hub, space):
+    for i in range(20):
+        space.set("mine", [200.0 + i] * 8)
+        assert keys(hub.get_space("s"), [200.0 + i] * 8) == ["mine"]
+
+
 def test_strong_reads_see_what_anybody_committed_before(space, db):
     for i in range(50):
         db.execute(

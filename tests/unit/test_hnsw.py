@@ -13,6 +13,7 @@ from ehub.index import HnswIndex, build_index, calibrate, tail
 from ehub.types import Neighbor
 
 METRICS = ["l2", "cosine", "ip"]
+NEWEST = tail.SIZE
 
 
 def neighbors(found):
@@ -186,7 +187,7 @@ class IndexMachine(RuleBasedStateMachine):
     @initialize(
         metric=st.sampled_from(METRICS),
         seed=st.integers(0, 1000),
-        newest=st.sampled_from([3, 1024]),
+        newest=st.sampled_from([3, NEWEST]),
     )
     def begin(self, metric, seed, newest):
         # With few rows kept apart, the graph answers too.
@@ -218,7 +219,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.staged = {}
 
     def teardown(self):
-        tail.SIZE = 1024
+        tail.SIZE = NEWEST
 
     @invariant()
     def equals_the_table(self):
