@@ -19,7 +19,14 @@ import typer
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import Conninfo
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +44,8 @@ app = typer.Typer(
     epilog="Without a URL: EHUB_DATABASE_URL, then PGHOST and the like, then the embedded "
     "Postgres in EHUB_DATA_DIR.",
 )
+_INTERRUPTED = 130
+
 _out = Console(soft_wrap=True, highlight=False)
 _err = Console(stderr=True, highlight=False)
 
@@ -143,7 +152,7 @@ def _load(
         TimeRemainingColumn(),
     )
     started = time.monotonic()
-    with Progress(*columns, console=_err, transient=True) as progress:
+    with _progress(*columns) as progress:
         task = progress.add_task("reading", total=1.0, rate="")
 
         def counted() -> Iterator[Record]:
@@ -272,7 +281,7 @@ def index(space: _Space, url: _Url = None) -> None:
         target = hub.get_space(space)
         started = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=_err, transient=True) as progress:
+        with _progress(*columns, TimeRemainingColumn()) as progress:
             task = progress.add_task("waiting", total=None)
 
             def watch(now: ehub.Progress) -> None:
@@ -356,6 +365,11 @@ def show_demo(url: _Url = None) -> None:
         _out.print(f"  {program} {command:<34} {what}", markup=False)
 
 
+def _progress(*columns: ProgressColumn) -> Progress:
+    # Where nobody looks, not even its blank last line.
+    return Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal)
+
+
 def _libpq_environment(conninfo: str) -> dict[str, str]:
     """Say with libpq's variables what a connection string says."""
     variables = {
@@ -388,6 +402,8 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
-        _err.print("interrupted")
-        sys.exit(130)
+    except SystemExit as end:
+        # What typer makes of Ctrl-C, without a word.
+        if end.code == _INTERRUPTED:
+            _err.print("interrupted")
+        raise

@@ -93,7 +93,8 @@ class Listener:
 
     def interrupt(self) -> None:
         """End the wait of the other thread, or its next one. Safe from any thread."""
-        with contextlib.suppress(BlockingIOError):
+        # Full, or closed: there is nobody to wake.
+        with contextlib.suppress(OSError):
             self._sender.send(b"!")
 
     def close(self) -> None:
