@@ -15,7 +15,7 @@ from typing import IO, Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ehub.errors import DependencyError, InvalidFileError
+from ehub.errors import DependencyError, EhubError, InvalidFileError
 
 Record: TypeAlias = tuple[str, ArrayLike, dict[str, Any] | None]
 """A key, a vector, and metadata or None where the format has no place for it."""
@@ -105,7 +105,9 @@ class EmbeddingFile:
                 stack.callback(setattr, self, "_position", lambda: self._size)
                 source = stack.enter_context(gzip.open(raw, "rb")) if self._packed else raw
                 yield from readers[self.format](cast("IO[bytes]", source))
-        except (OSError, EOFError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        except EhubError:
+            raise
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
             raise InvalidFileError(f"{self.path} cannot be read: {error}") from error
 
     def _text(self, source: IO[bytes]) -> Iterator[Record]:
