@@ -55,7 +55,7 @@ class Hub:
             str(metric),
             _whole("M", M),
             _whole("ef_construction", ef_construction),
-            float(target_recall),
+            _number("target_recall", target_recall),
         ]
         with self._database.connection() as connection:
             connection.execute(
@@ -181,3 +181,10 @@ def _whole(name: str, value: SupportsIndex) -> int:
         return max(min(operator.index(value), 2**31 - 1), -(2**31))
     except TypeError:
         raise InvalidValueError(f"{name} is a whole number, not {value!r}") from None
+
+
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidValueError(f"{name} is a number, not {value!r}") from None

@@ -28,6 +28,7 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 _ADD_BATCH = 64
 _BUILD_BATCH = 4096
 _EXACT_BATCH = 8192
+_MEASURE_BATCH = 20
 _SLACK = 1.05
 
 
@@ -46,6 +47,7 @@ class _Graph(Protocol):
     def save_index(self, path_to_index: str) -> None: ...
     def index_file_size(self) -> int: ...
     def resize_index(self, new_size: int) -> None: ...
+    def set_ef(self, ef: int) -> None: ...
     def get_max_elements(self) -> int: ...
     def get_current_count(self) -> int: ...
     def add_items(self, data: Matrix, ids: NDArray[np.uint64], num_threads: int) -> None: ...
@@ -88,7 +90,6 @@ class HnswIndex:
         self._visible = 0
         self._tail = tail.Tail(dims)
         self._tombstones = 0
-        # What searches go by; put another one in its place after measuring.
         self.calibration = Calibration.untried()
         # Whether a search could not reach as many rows as there are.
         self.disconnected = False
@@ -102,6 +103,17 @@ class HnswIndex:
     def __contains__(self, key: str) -> bool:
         with self._lock.read():
             return key in self._labels
+
+    @property
+    def calibration(self) -> Calibration:
+        """What searches go by; put another one in its place after measuring."""
+        return self._calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration) -> None:
+        with self._lock.write():
+            self._calibration = calibration
+            self._graph.set_ef(calibration.ef)
 
     @property
     def tombstones(self) -> int:
@@ -159,12 +171,14 @@ class HnswIndex:
         self, queries: Matrix, wanted: int, threads: int | None
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Search the graph for at least ``wanted`` visible rows, and staged ones among them."""
-        # hnswlib searches with max(ef, k), and its own ef is left at its least: so asking for
-        # more than is wanted is a setting of this call alone, safe beside others.
+        # hnswlib searches with max(ef, k), and its ef is one for all calls: to ask for more than is
+        # wanted is a setting of this call alone, safe beside others.
         live = self._graph.get_current_count() - self._tombstones
         # Staged rows may stand before visible ones; then more must be asked for.
         staged = live - self._rows
-        asked = min(self.calibration.ef_for(wanted) + min(staged, wanted), live)
+        ef = self.calibration.ef_for(wanted)
+        asked = wanted if self.calibration.ef >= ef and ef < live else ef
+        asked = min(asked + min(staged, wanted), live)
         found = self._query(queries, asked, threads)
         if found is None and asked == live:
             # All of them, and some cannot be reached: they are few enough to compare.
@@ -218,14 +232,25 @@ class HnswIndex:
             return labels, self._stored(labels)
 
     def labels_found(self, queries: Matrix, k: int, ef: int) -> NDArray[np.int64]:
-        """Search at a given ``ef`` and return labels: what calibration compares."""
-        with self._lock.read():
-            live = self._graph.get_current_count() - self._tombstones
-            # As in `search`: k is ef.
-            found = self._query(queries, min(max(k, ef), live), THREADS) if live else None
+        """Search at a given ``ef`` and return labels: what calibration compares.
+
+        Returns them by row, none at all where ``k`` rows cannot be reached. The setting is one for
+        all, so readers wait, but only for a few queries at a time.
+        """
+        parts = []
+        for start in range(0, len(queries), _MEASURE_BATCH):
+            with self._lock.write():
+                self._graph.set_ef(ef)
+                live = self._graph.get_current_count() - self._tombstones
+                part = queries[start : start + _MEASURE_BATCH]
+                found = self._query(part, min(k, live), THREADS) if live else None
+                self._graph.set_ef(self.calibration.ef)
             if found is None:
                 return np.empty((len(queries), 0), np.int64)
-            return found[0][:, :k].astype(np.int64)
+            parts.append(found[0].astype(np.int64))
+        # Rows may have been deleted meanwhile.
+        width = min(part.shape[1] for part in parts)
+        return np.vstack([part[:, :width] for part in parts])
 
     # --- changing
 

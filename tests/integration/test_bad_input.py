@@ -128,6 +128,7 @@ HUB = {
     "ef": (lambda h: h.create_space("x", 3, ef_construction=1), ehub.InvalidValueError, "ef_c"),
     "recall": (lambda h: h.create_space("x", 3, target_recall=1), ehub.InvalidValueError, "0.999"),
     "recall NaN": (lambda h: h.create_space("x", 3, target_recall=NAN), ValueError, "recall"),
+    "recall text": (lambda h: h.create_space("x", 3, target_recall="high"), ValueError, "'high'"),
     "get": (lambda h: h.get_space("nope"), ehub.SpaceNotFoundError, "'nope'"),
     "get a path": (lambda h: h.get_space("../x"), ehub.SpaceNotFoundError, "there is no space"),
     "delete": (lambda h: h.delete_space("nope"), ehub.SpaceNotFoundError, "'nope'"),
