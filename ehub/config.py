@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -23,6 +25,7 @@ _CONNECTION_DEFAULTS = {
     "keepalives_count": "3",
     "tcp_user_timeout": "60000",
 }
+_SOCKET_NAME = ".s.PGSQL."
 _PG_VARIABLES = ("PGHOST", "PGHOSTADDR", "PGPORT", "PGDATABASE", "PGSERVICE")
 
 
@@ -48,6 +51,44 @@ class Target:
         port = values.get("port") or os.environ.get("PGPORT") or "5432"
         name = values.get("dbname") or os.environ.get("PGDATABASE") or values.get("service") or ""
         return f"{host}:{port}/{name}"
+
+
+class Address(NamedTuple):
+    """Where something listens: a host and port, or the path of a Unix socket."""
+
+    host: str
+    port: int
+    path: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str, default_port: int) -> Address:
+        """Read ``HOST``, ``HOST:PORT``, ``:PORT``, ``[IPv6]:PORT`` or the path of a socket.
+
+        A path begins with ``/`` or ``.``, and is a folder if it is one: then the socket gets the
+        name that libpq looks for, ``.s.PGSQL.PORT``.
+
+        Raises:
+            ConfigurationError: it is none of these.
+        """
+        if text.startswith(("/", ".")):
+            path = Path(text).absolute()
+            if path.is_dir():
+                path /= f"{_SOCKET_NAME}{default_port}"
+            if not path.name.startswith(_SOCKET_NAME) or not path.name[11:].isdigit():
+                raise ConfigurationError(
+                    f"a socket is named {_SOCKET_NAME} and a port, or give its folder: {text!r}"
+                )
+            return cls(str(path.parent), int(path.name[11:]), path)
+        found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]*)(?::(\d{1,5}))?", text)
+        port = default_port if found is None or found[2] is None else int(found[2])
+        if found is None or port > 65535:
+            raise ConfigurationError(f"an address is HOST:PORT or the path of a socket: {text!r}")
+        return cls(found[1].strip("[]") or "127.0.0.1", port)
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return str(self.path)
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def resolve(url: str | None = None, data_dir: str | os.PathLike[str] | None = None) -> Target:

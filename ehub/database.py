@@ -96,7 +96,7 @@ class Database:
         Raises:
             UnavailableError: Postgres cannot be reached.
         """
-        with contextlib.closing(self.connect()) as connection, mapped():
+        with self.connection() as connection:
             return installed(connection)
 
     def close(self) -> None:
