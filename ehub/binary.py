@@ -33,14 +33,25 @@ class VectorParameter:
         self.data = struct.pack(">HH", len(vector), 0) + vector.astype(">f4").tobytes()
 
 
+class VectorsParameter:
+    """The rows of a matrix as an array of vectors, whose type has this oid."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, matrix: Matrix, oid: int) -> None:
+        # One dimension, no nulls, the type of the elements, their number, counted from 1.
+        header = struct.pack(">iiIii", 1, 0, oid, len(matrix), 1)
+        self.data = header + _sized_vectors(matrix).tobytes()
+
+
 class VectorDumper(Dumper):
-    """Sends a :class:`VectorParameter`; its type follows from where it stands in the statement."""
+    """Sends one of the two; their type follows from where they stand in the statement."""
 
     format = Format.BINARY
     oid = 0
 
-    def dump(self, obj: VectorParameter) -> Buffer:
-        """Return the bytes that ``vector_recv`` reads."""
+    def dump(self, obj: VectorParameter | VectorsParameter) -> Buffer:
+        """Return the bytes that ``vector_recv`` or ``array_recv`` reads."""
         return obj.data
 
 
@@ -56,11 +67,8 @@ def encode_rows(
 
     ``vectors`` is float32 of shape ``(len(keys), dims)``; ``metadata`` holds JSON text or None.
     """
-    n, dims = vectors.shape
-    body: NDArray[Any] = np.empty(
-        n, [("size", ">i4"), ("dims", ">u2"), ("unused", ">u2"), ("values", ">f4", (dims,))]
-    )
-    body["size"], body["dims"], body["unused"], body["values"] = 4 + 4 * dims, dims, 0, vectors
+    n = len(vectors)
+    body = _sized_vectors(vectors)
     width = body.dtype.itemsize
     embeddings = body.tobytes()
     names = [key.encode() for key in keys]
@@ -85,6 +93,16 @@ def decode_rows(messages: Iterable[Buffer], dims: int) -> Iterator[tuple[list[st
         keys = [str(row[end + 4 :], "utf-8") for row in batch]
         values = b"".join([row[start:end] for row in batch])
         yield keys, np.frombuffer(values, ">f4").astype(np.float32).reshape(len(keys), dims)
+
+
+def _sized_vectors(vectors: Matrix) -> NDArray[Any]:
+    """Return what ``vector_send`` writes of each row, with its size before it."""
+    n, dims = vectors.shape
+    body: NDArray[Any] = np.empty(
+        n, [("size", ">i4"), ("dims", ">u2"), ("unused", ">u2"), ("values", ">f4", (dims,))]
+    )
+    body["size"], body["dims"], body["unused"], body["values"] = 4 + 4 * dims, dims, 0, vectors
+    return body
 
 
 def _strip(messages: Iterable[Buffer]) -> Iterator[Buffer]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +22,7 @@ import psycopg
 import typer
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import Conninfo
+from pythonjsonlogger.json import JsonFormatter
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -34,7 +39,10 @@ import ehub
 from ehub import config, demo
 from ehub.database import Database
 from ehub.files import FORMATS, EmbeddingFile, Record
+from ehub.hub import open_database
 from ehub.migrate import migrate as migrate_database
+from ehub.service import Service
+from ehub.service.run import tls_context
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,6 +53,9 @@ app = typer.Typer(
     "Postgres in EHUB_DATA_DIR.",
 )
 _INTERRUPTED = 130
+_JSON_FIELDS = {"asctime": "time", "levelname": "level", "name": "logger"}
+
+_log = logging.getLogger("ehub")
 
 _out = Console(soft_wrap=True, highlight=False)
 _err = Console(stderr=True, highlight=False)
@@ -291,6 +302,94 @@ def index(space: _Space, url: _Url = None) -> None:
 
             target.wait_until_indexed(watch=watch)
         _out.print(f"the index of {space} is ready after {time.monotonic() - started:.1f} s")
+
+
+_PORT, _PAGES_PORT = 6433, 9433
+
+
+@app.command()
+def serve(
+    listen: Annotated[
+        str, typer.Option(metavar="ADDRESS|SOCKET", help="HOST:PORT, or a folder for a socket.")
+    ] = f"127.0.0.1:{_PORT}",
+    pages: Annotated[
+        str, typer.Option(metavar="ADDRESS|none", help="For /metrics, /health and /ready.")
+    ] = f"127.0.0.1:{_PAGES_PORT}",
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For index files.", show_default=False)
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="A certificate, to offer TLS.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, if it is not in there.")] = None,
+    log_format: Annotated[str, typer.Option(help="json or text.")] = "json",
+    url: _Url = None,
+) -> None:
+    """Run the index service: it keeps the indexes of all spaces, and Postgres asks it."""
+    _log_as(log_format)
+    tls = None
+    if tls_cert is not None:
+        tls = tls_context(str(tls_cert), None if tls_key is None else str(tls_key))
+    door = config.Address.parse(listen, _PORT)
+    page = None if pages == "none" else config.Address.parse(pages, _PAGES_PORT)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with contextlib.closing(open_database(url, data)) as database:
+        with Service(database, door, page, tls) as service:
+            where = database.target.describe()
+            _log.info("listening on %s for %s", service.address, where)
+            if not service.installed:
+                _log.warning("the database does not know this service: run `ehub install-service`")
+            while not stop.wait(0.1):
+                if service.ready():
+                    _notify_ready()
+                    _out.print(f"ready: {service.address}, pages at {service.pages or 'no port'}")
+                    stop.wait()
+            _log.info("stopping: saving the indexes")
+
+
+@app.command("install-service")
+def install_service(
+    address: Annotated[
+        str, typer.Argument(metavar="ADDRESS|SOCKET", help="Where Postgres finds `ehub serve`.")
+    ] = f"127.0.0.1:{_PORT}",
+    sslmode: Annotated[
+        str | None, typer.Option(help="libpq's: disable, require, verify-full …")
+    ] = None,
+    sslrootcert: Annotated[str | None, typer.Option(help="A file on the database's host.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Undo it.")] = False,
+    url: _Url = None,
+) -> None:
+    """Tell a database where its index service is; needs dblink, or the right to create it."""
+    with contextlib.closing(open_database(url)) as database, database.connection() as connection:
+        if remove:
+            connection.execute("SELECT ehub.uninstall_service()")
+            _out.print("searches in SQL are exact from now on")
+            return
+        place = config.Address.parse(address, _PORT)
+        connection.execute(
+            "SELECT ehub.install_service(%s, %s, %s, %s)",
+            [place.host, place.port, sslmode or "disable", sslrootcert],
+        )
+        _out.print(f"{database.target.describe()} asks the index service at {place}")
+
+
+def _log_as(format: str) -> None:  # noqa: A002 - the word for it
+    if format not in ("json", "text"):
+        raise ehub.ConfigurationError(f"the log's format is json or text, not {format!r}")
+    root = logging.getLogger()
+    root.setLevel(min(root.level, logging.INFO))
+    if format == "json":
+        fields = "{asctime}{levelname}{name}{message}"
+        for handler in root.handlers:
+            handler.setFormatter(JsonFormatter(fields, style="{", rename_fields=_JSON_FIELDS))
+
+
+def _notify_ready() -> None:
+    """Tell systemd, where it asked for it (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if path:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
+            to.sendto(b"READY=1", path.replace("@", "\0", 1) if path[0] == "@" else path)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

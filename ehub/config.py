@@ -74,16 +74,17 @@ class Address(NamedTuple):
             path = Path(text).absolute()
             if path.is_dir():
                 path /= f"{_SOCKET_NAME}{default_port}"
-            if not path.name.startswith(_SOCKET_NAME) or not path.name[11:].isdigit():
+            port = path.name.removeprefix(_SOCKET_NAME)
+            if port == path.name or not port.isdigit():
                 raise ConfigurationError(
                     f"a socket is named {_SOCKET_NAME} and a port, or give its folder: {text!r}"
                 )
-            return cls(str(path.parent), int(path.name[11:]), path)
+            return cls(str(path.parent), int(port), path)
         found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^:\s]*)(?::(\d{1,5}))?", text)
-        port = default_port if found is None or found[2] is None else int(found[2])
-        if found is None or port > 65535:
+        number = default_port if found is None or found[2] is None else int(found[2])
+        if found is None or number > 65535:
             raise ConfigurationError(f"an address is HOST:PORT or the path of a socket: {text!r}")
-        return cls(found[1].strip("[]") or "127.0.0.1", port)
+        return cls(found[1].strip("[]") or "127.0.0.1", number)
 
     def __str__(self) -> str:
         if self.path is not None:

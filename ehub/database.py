@@ -13,13 +13,13 @@ from psycopg import errors as pg
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from ehub import errors
-from ehub.binary import VectorDumper, VectorParameter
+from ehub.binary import VectorDumper, VectorParameter, VectorsParameter
 from ehub.config import Target
 from ehub.embedded import EmbeddedPostgres
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The Alembic revision that this release works with."""
 
 # Raised by the functions in sql/, which describe the value themselves.
@@ -32,6 +32,8 @@ _OWN_ERRORS: dict[str, type[errors.EhubError]] = {
     "EH006": errors.InvalidKeyError,
     "EH007": errors.InvalidMetadataError,
     "EH008": errors.KeyNotFoundError,
+    "EH009": errors.IndexUnavailableError,
+    "EH010": errors.ServiceError,
 }
 
 
@@ -98,6 +100,21 @@ class Database:
         """
         with self.connection() as connection:
             return installed(connection)
+
+    def has_service(self) -> bool:
+        """Whether an index service is installed, running or not.
+
+        Raises:
+            UnavailableError: Postgres cannot be reached.
+        """
+        if self._embedded is not None:
+            # It has no dblink.
+            return False
+        with self.connection() as connection:
+            found = connection.execute(
+                "SELECT 1 FROM pg_foreign_server WHERE srvname = 'ehub_service'"
+            )
+            return found.fetchone() is not None
 
     def close(self) -> None:
         """Close the pool and leave the embedded server. Safe to call twice."""
@@ -194,4 +211,5 @@ def _check_alive(connection: Connection) -> None:
 
 
 def _configure(connection: Connection) -> None:
-    connection.adapters.register_dumper(VectorParameter, VectorDumper)
+    for parameter in (VectorParameter, VectorsParameter):
+        connection.adapters.register_dumper(parameter, VectorDumper)

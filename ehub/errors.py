@@ -16,6 +16,8 @@
     │   ├── InvalidMetadataError
     │   └── InvalidFileError                 a file of embeddings that cannot be read
     ├── IndexFileError                       an index file that is damaged or foreign
+    ├── IndexUnavailableError                the index cannot answer, and going exact was forbidden
+    ├── ServiceError                         the index service cannot be installed or started
     ├── WaitTimeoutError (TimeoutError)
     └── DatabaseError                        what Postgres refused for another reason
         ├── UnavailableError (ConnectionError)
@@ -87,6 +89,14 @@ class InvalidFileError(InvalidValueError):
 
 class IndexFileError(EhubError):
     """An index file that is damaged, foreign or of an unknown format."""
+
+
+class IndexUnavailableError(EhubError):
+    """Under ``ehub.mode = 'index'``: the index cannot answer; the message says why."""
+
+
+class ServiceError(EhubError):
+    """The index service cannot be installed or started; the message says why."""
 
 
 class WaitTimeoutError(EhubError, TimeoutError):

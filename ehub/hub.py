@@ -24,7 +24,13 @@ class Hub:
 
     def __init__(self, database: Database, index: IndexPlace = "local") -> None:
         self._database = database
+        self._index: IndexPlace = index
         self._replica = Replica(database) if index == "local" else None
+
+    @property
+    def index(self) -> IndexPlace:
+        """Who answers searches: ``local``, ``service`` or ``none``; see :func:`ehub.connect`."""
+        return self._index
 
     def create_space(
         self,
@@ -69,7 +75,7 @@ class Hub:
         Raises:
             SpaceNotFoundError: there is none of that name.
         """
-        return Space(name, self._database, self._replica)
+        return Space(name, self._database, self._index, self._replica)
 
     def spaces(self) -> list[Space]:
         """Return handles on all spaces, by name."""
@@ -119,14 +125,14 @@ class Hub:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Hub: {self._database.target.describe()}>"
+        return f"<Hub: {self._database.target.describe()}, index: {self._index}>"
 
 
 def connect(
     url: str | None = None,
     *,
     data_dir: str | os.PathLike[str] | None = None,
-    index: IndexPlace = "local",
+    index: IndexPlace | None = None,
 ) -> Hub:
     """Connect to a database.
 
@@ -135,8 +141,10 @@ def connect(
     ``data_dir`` (``EHUB_DATA_DIR``, else the user's data directory), which ``"embedded"`` names
     outright; its schema is made or upgraded on the way. Index files live in that folder too.
 
-    ``index="local"``: searches are answered by indexes in this process, which follow the database;
-    ``"none"``: by Postgres, exactly, which suits a single query.
+    Searches are answered with ``index="local"`` by indexes in this process, which follow the
+    database; with ``"service"`` by Postgres, which asks the index service (``ehub.nearest``, exact
+    where that cannot help); with ``"none"`` by Postgres, exactly. By default ``"service"`` where
+    the database has one installed, else ``"local"``; ``hub.index`` says which it is.
 
     Raises:
         ConfigurationError: the URL cannot be read.
@@ -144,8 +152,16 @@ def connect(
         SchemaError: it has no ehub schema, or that of another release: run ``ehub migrate``.
         DependencyError: the embedded Postgres is meant and not installed.
     """
-    if index not in ("local", "none"):
-        raise ConfigurationError(f"index is 'local' or 'none', not {index!r}")
+    if index not in (None, "local", "service", "none"):
+        raise ConfigurationError(f"index is 'local', 'service' or 'none', not {index!r}")
+    database = open_database(url, data_dir)
+    return Hub(database, index or ("service" if database.has_service() else "local"))
+
+
+def open_database(
+    url: str | None = None, data_dir: str | os.PathLike[str] | None = None
+) -> Database:
+    """Return a database that has the schema of this release; raises what :func:`connect` does."""
     database = Database(config.resolve(url, data_dir))
     try:
         revision, digest = database.installed()
@@ -160,7 +176,7 @@ def connect(
     except BaseException:
         database.close()
         raise
-    return Hub(database, index)
+    return database
 
 
 def _schema_error(where: str, revision: str | None) -> SchemaError:

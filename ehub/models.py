@@ -23,7 +23,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, OID, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import UserDefinedType
 
@@ -153,6 +153,17 @@ class Replica(Base):
     recall: Mapped[float | None]
     memory: Mapped[int | None]
     last_error: Mapped[str | None]
+
+
+class Incarnation(Base):
+    """One life of the database: a crash or a promotion empties this table, which is not logged."""
+
+    __tablename__ = "incarnation"
+    __table_args__ = {"prefixes": ["UNLOGGED"]}  # noqa: RUF012 - SQLAlchemy's own way to say it
+
+    token: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    started_at: Mapped[datetime.datetime]
+    database: Mapped[int] = mapped_column(OID)
 
 
 class Setting(Base):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias, cast, overload
 
@@ -11,14 +12,28 @@ from numpy.typing import ArrayLike, NDArray
 from psycopg import sql
 
 from ehub import values
-from ehub.binary import COPY_HEADER, COPY_TRAILER, VectorParameter, decode_vector, encode_rows
+from ehub.binary import (
+    COPY_HEADER,
+    COPY_TRAILER,
+    VectorParameter,
+    VectorsParameter,
+    decode_vector,
+    encode_rows,
+)
 from ehub.database import Database
-from ehub.errors import ConfigurationError, InvalidValueError, KeyNotFoundError, SpaceNotFoundError
+from ehub.errors import (
+    ConfigurationError,
+    InvalidValueError,
+    KeyNotFoundError,
+    SpaceNotFoundError,
+    WaitTimeoutError,
+)
 from ehub.index import HnswIndex
 from ehub.replica import Progress, Replica
-from ehub.types import Consistency, Matrix, Metadata, Metric, Neighbor, Vector
+from ehub.types import Consistency, IndexPlace, Matrix, Metadata, Metric, Neighbor, Vector
 
 _STREAM_ROWS = 2000
+_WAIT_SECONDS = 0.05
 _COPY_ROWS = 5000
 
 Row: TypeAlias = tuple[str, ArrayLike] | tuple[str, ArrayLike, Metadata | None]
@@ -46,9 +61,12 @@ class Space:
     space has been deleted).
     """
 
-    def __init__(self, name: str, database: Database, replica: Replica | None) -> None:
+    def __init__(
+        self, name: str, database: Database, index: IndexPlace, replica: Replica | None
+    ) -> None:
         self._name = name
         self._database = database
+        self._by_service = index == "service"
         self._replica = replica
         self._view = sql.Identifier("spaces", name)
         self._shape = self._read_shape()
@@ -308,7 +326,8 @@ class Space:
 
         The index of this process answers, as of its watermark: never behind this process' own last
         write. ``consistency="strong"`` sees everything that was committed before the call, by
-        anybody. The first call starts the index; until it is ready Postgres answers, exactly.
+        anybody; the index service always does. The first call starts the index of this process;
+        until it is ready Postgres answers, exactly.
 
         Raises:
             KeyNotFoundError: there is no such key.
@@ -328,7 +347,7 @@ class Space:
                 answer = self._complete(list(map(Neighbor, *found[0])), metadata)
                 if answer is not None:
                     return answer
-        return self._exact(query, count, metadata)
+        return self._by_postgres(query, count, metadata)
 
     def multi_nearest_neighbors(
         self,
@@ -359,7 +378,9 @@ class Space:
                 if whole is not None:
                     rest = iter(whole)
                     return [list(itertools.islice(rest, len(one.keys))) for one in found]
-        return [self._exact(query, count, metadata) for query in queries]
+        if self._by_service:
+            return self._many_by_service(queries, count, metadata)
+        return [self._by_postgres(query, count, metadata) for query in queries]
 
     def wait_until_indexed(
         self, timeout: float | None = None, *, watch: Callable[[Progress], None] | None = None
@@ -373,9 +394,12 @@ class Space:
             EhubError: no index can be made; the message says why.
         """
         self._read_shape()
-        if self._replica is None:
+        if self._by_service:
+            self._wait_for_service(timeout)
+        elif self._replica is not None:
+            self._replica.wait_until_ready(self._name, timeout, watch)
+        else:
             raise ConfigurationError("this hub was connected with index='none'; there is no index")
-        self._replica.wait_until_ready(self._name, timeout, watch)
 
     # --- inside
 
@@ -399,24 +423,53 @@ class Space:
                 answer = self._complete(near[:k], metadata)
                 if answer is not None:
                     return answer
-        with self._database.connection(self._name) as connection:
-            return _neighbors(
-                connection.execute(
-                    "SELECT key, distance, metadata FROM ehub.nearest_exact_to(%s, %s, %s)",
-                    [self._name, key, k],
-                ),
-                metadata,
-            )
+        function = "nearest_to" if self._by_service else "nearest_exact_to"
+        return self._ask(function, [self._name, key, k], metadata)
 
-    def _exact(self, query: Vector, k: int, metadata: bool) -> list[Neighbor]:
+    def _by_postgres(self, query: Vector, k: int, metadata: bool) -> list[Neighbor]:
+        function = "nearest" if self._by_service else "nearest_exact"
+        return self._ask(function, [self._name, VectorParameter(query), k], metadata)
+
+    def _ask(self, function: str, values: list[object], metadata: bool) -> list[Neighbor]:
+        statement = sql.SQL("SELECT key, distance, {} FROM {}(%s, %s, %s)").format(
+            sql.SQL("metadata" if metadata else "NULL"), sql.Identifier("ehub", function)
+        )
         with self._database.connection(self._name) as connection:
-            return _neighbors(
-                connection.execute(
-                    "SELECT key, distance, metadata FROM ehub.nearest_exact(%s, %s, %s)",
-                    [self._name, VectorParameter(query), k],
-                ),
-                metadata,
-            )
+            return [Neighbor(*row) for row in connection.execute(statement, values)]
+
+    def _many_by_service(self, queries: Matrix, k: int, metadata: bool) -> list[list[Neighbor]]:
+        statement = sql.SQL(
+            "SELECT q, key, distance, {} FROM ehub.nearest_many(%s, %s, %s)"
+        ).format(sql.SQL("metadata" if metadata else "NULL"))
+        answers: list[list[Neighbor]] = [[] for _ in queries]
+        with self._database.connection(self._name) as connection:
+            oid = connection.execute(
+                "SELECT atttypid FROM pg_attribute"
+                " WHERE attrelid = to_regclass(format('spaces.%%I', %s)) AND attname = 'embedding'",
+                [self._name],
+            ).fetchone()
+            vectors = VectorsParameter(queries, oid[0] if oid else 0)
+            for q, *found in connection.execute(statement, [self._name, vectors, k]):
+                answers[q - 1].append(Neighbor(*found))
+        return answers
+
+    def _wait_for_service(self, timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._database.connection(self._name) as connection:
+            seen = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
+            assert seen is not None  # noqa: S101 - a select without from
+            while True:
+                row = connection.execute(
+                    "SELECT ehub.index_missing(%s, %s::text::pg_snapshot)", [self._name, seen[0]]
+                ).fetchone()
+                if row == (None,):
+                    return
+                if deadline is not None and time.monotonic() > deadline:
+                    why = row and row[0]
+                    raise WaitTimeoutError(
+                        f"space {self._name!r}: the index was not ready in {timeout} seconds: {why}"
+                    )
+                time.sleep(_WAIT_SECONDS)
 
     def _complete(self, near: list[Neighbor], metadata: bool) -> list[Neighbor] | None:
         """Add metadata where it is asked for; None if a row is gone since the watermark."""
@@ -533,7 +586,3 @@ class Space:
         if consistency not in ("replica", "strong"):
             raise InvalidValueError(f"consistency is 'replica' or 'strong', not {consistency!r}")
         return consistency == "strong"
-
-
-def _neighbors(rows: Iterable[tuple[Any, ...]], metadata: bool) -> list[Neighbor]:
-    return [Neighbor(key, distance, note if metadata else None) for key, distance, note in rows]

@@ -14,8 +14,9 @@ Metric: TypeAlias = Literal["l2", "cosine", "ip"]
 Consistency: TypeAlias = Literal["replica", "strong"]
 """``replica``: as of the replica's watermark; ``strong``: all that was committed before."""
 
-IndexPlace: TypeAlias = Literal["local", "none"]
-"""``local``: indexes in this process; ``none``: exact searches by Postgres."""
+IndexPlace: TypeAlias = Literal["local", "service", "none"]
+"""``local``: indexes in this process; ``service``: that of the index service, asked by Postgres;
+``none``: exact searches by Postgres."""
 
 Vector: TypeAlias = NDArray[np.float32]
 """One embedding, float32, shape ``(dims,)``."""

@@ -1,7 +1,18 @@
--- What there is.
+-- What there is, and to whom it shows.
 
--- The spaces with their current versions and indexes, as replicas and clients ask for them.
-CREATE OR REPLACE VIEW ehub.catalogue AS
+-- The role whose statement this is. A function with its owner's rights that takes one knows who
+-- calls it, which it cannot see for itself: the value is checked where the call is written, under
+-- the caller's rights, so nobody can name another.
+DO $$
+BEGIN
+    IF to_regtype('ehub.caller') IS NULL THEN
+        CREATE DOMAIN ehub.caller AS regrole CHECK (VALUE = quote_ident(current_user)::regrole);
+    END IF;
+END $$;
+
+-- The spaces with their current versions and indexes, as replicas and clients ask for them: those
+-- of which one may read or write the rows.
+CREATE OR REPLACE VIEW ehub.catalogue WITH (security_barrier) AS
 SELECT
     s.name AS space,
     v.name AS version,
@@ -14,9 +25,12 @@ SELECT
     i.target_recall
 FROM ehub.space AS s
 JOIN ehub.version AS v ON v.id = s.current_version_id
-JOIN ehub.index AS i ON i.version_id = v.id;
+JOIN ehub.index AS i ON i.version_id = v.id
+WHERE has_table_privilege(
+    to_regclass(format('spaces.%I', s.name)), 'SELECT, INSERT, UPDATE, DELETE'
+);
 
--- Find a space; an unknown one is an error.
+-- Find a space; one that is unknown, or not for this role, is an error.
 CREATE OR REPLACE FUNCTION ehub.require_space(name text) RETURNS ehub.catalogue
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -29,4 +43,22 @@ BEGIN
             HINT = 'SELECT space FROM ehub.catalogue lists them; ehub.create_space makes one';
     END IF;
     RETURN target;
+END $$;
+
+-- Whether a role sees every row of a version: who does may be told what its index says.
+CREATE OR REPLACE FUNCTION ehub.sees_all_rows(role regrole, version_id bigint) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    relation record;
+BEGIN
+    SELECT c.oid, c.relowner, c.relrowsecurity, c.relforcerowsecurity INTO relation
+    FROM pg_class AS c WHERE c.oid = to_regclass('ehub_data.v' || version_id);
+    IF role IS NULL OR NOT FOUND OR NOT has_table_privilege(role, relation.oid, 'SELECT') THEN
+        RETURN false;
+    ELSIF NOT relation.relrowsecurity THEN
+        RETURN true;
+    END IF;
+    RETURN EXISTS (
+        SELECT FROM pg_roles AS r WHERE r.oid = role AND (r.rolsuper OR r.rolbypassrls)
+    ) OR NOT relation.relforcerowsecurity AND pg_has_role(role, relation.relowner, 'USAGE');
 END $$;

@@ -1,5 +1,37 @@
--- Exact search: every row is compared.
+-- Nearest neighbours: the index proposes, Postgres disposes.
 
+-- A setting of the session, role or database, checked; the first of the choices is the default.
+CREATE OR REPLACE FUNCTION ehub.choice(setting text, VARIADIC choices text[]) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    chosen text := coalesce(nullif(current_setting(setting, true), ''), choices[1]);
+BEGIN
+    IF chosen <> ALL (choices) THEN
+        RAISE EXCEPTION '% is % or %, not %', setting,
+            (SELECT string_agg(quote_literal(c), ', ') FROM unnest(choices[2:]) AS c),
+            quote_literal(choices[1]), quote_literal(chosen) USING ERRCODE = 'EH005';
+    END IF;
+    RETURN chosen;
+END $$;
+
+-- Refuse a query that has no neighbours by its nature.
+CREATE OR REPLACE FUNCTION ehub.require_query(
+    target ehub.catalogue, query @vector@.vector, k int
+) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF query IS NULL OR @vector@.vector_dims(query) <> target.dims THEN
+        RAISE EXCEPTION 'space %: a query of % dims is needed, this one has %',
+            quote_literal(target.space), target.dims,
+            coalesce(@vector@.vector_dims(query)::text, 'none') USING ERRCODE = 'EH004';
+    ELSIF k IS NULL OR k < 1 THEN
+        RAISE EXCEPTION 'k is a number from 1 to 2147483647, not %', coalesce(k::text, 'NULL')
+            USING ERRCODE = 'EH005';
+    END IF;
+    PERFORM ehub.require_usable(format('space %L, query', target.space), target.metric, query);
+END $$;
+
+-- Exact search: every row is compared.
 CREATE OR REPLACE FUNCTION ehub.nearest_exact(
     space text, query @vector@.vector, k int, leave_out text DEFAULT NULL
 ) RETURNS TABLE (key text, distance float8, metadata jsonb)
@@ -8,37 +40,312 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
 BEGIN
-    IF query IS NULL OR @vector@.vector_dims(query) <> target.dims THEN
-        RAISE EXCEPTION 'space %: a query of % dims is needed, this one has %',
-            quote_literal($1), target.dims, coalesce(@vector@.vector_dims(query)::text, 'none')
-            USING ERRCODE = 'EH004';
-    ELSIF k IS NULL OR k < 1 THEN
-        RAISE EXCEPTION 'k is a number from 1 to 2147483647, not %', coalesce(k::text, 'NULL')
-            USING ERRCODE = 'EH005';
-    END IF;
-    PERFORM ehub.require_usable(format('space %L, query', space), target.metric, query);
+    PERFORM ehub.require_query(target, query, k);
     -- The sum keeps the planner from an approximate index that somebody made on the table.
     RETURN QUERY EXECUTE format(
-        'SELECT key, 0.0 + (embedding OPERATOR(@vector@.%s) $1) AS distance, metadata'
+        'SELECT key, 0.0 + (embedding %s $1) AS distance, metadata'
         ' FROM spaces.%I WHERE $3 IS NULL OR key <> $3 ORDER BY distance, key LIMIT $2',
-        CASE target.metric WHEN 'l2' THEN '<->' WHEN 'cosine' THEN '<=>' ELSE '<#>' END,
-        target.space
+        ehub.distance_operator(target.metric), target.space
     ) USING query, k, leave_out;
 END $$;
 
--- The neighbours of a stored key, without itself.
+-- The exact neighbours of a stored key, without itself.
 CREATE OR REPLACE FUNCTION ehub.nearest_exact_to(space text, stored_key text, k int)
 RETURNS TABLE (key text, distance float8, metadata jsonb)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT * FROM ehub.nearest_exact(space, ehub.get(space, stored_key), k, stored_key)
+$$;
+
+CREATE OR REPLACE FUNCTION ehub.distance_operator(metric text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE metric
+        WHEN 'l2' THEN 'OPERATOR(@vector@.<->)'
+        WHEN 'cosine' THEN 'OPERATOR(@vector@.<=>)'
+        ELSE 'OPERATOR(@vector@.<#>)'
+    END
+$$;
+
+-- The keys whose rows decide a search: the candidates, and what has changed since their watermark.
+--
+-- STABLE, so that it sees what the statement sees that reads those rows. NULL where this is not
+-- enough: the index is ahead of this transaction or too far behind, the caller does not see every
+-- row, or so many of the candidates have changed that fewer than `needed` are left, and there may
+-- be more of them, because as many were found as were `asked` for.
+CREATE OR REPLACE FUNCTION ehub.deciding_keys(
+    caller ehub.caller, version_id bigint, watermark pg_snapshot, candidates text[], asked int,
+    needed int
+) RETURNS text[]
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
 DECLARE
-    query @vector@.vector;
+    snapshot pg_snapshot := pg_current_snapshot();
+    whole boolean;
+    delta text[];
+    kept int;
+BEGIN
+    IF NOT ehub.sees_all_rows(caller, version_id) THEN
+        RETURN NULL;
+    ELSIF current_setting('ehub.consistency', true) = 'eventual' THEN
+        RETURN candidates;
+    END IF;
+    -- Only snapshots that are kept can be older: those of REPEATABLE READ and SERIALIZABLE.
+    IF pg_snapshot_xmax(watermark) > pg_snapshot_xmax(snapshot)
+        OR pg_snapshot_xmin(snapshot) < pg_snapshot_xmax(snapshot) AND EXISTS (
+            SELECT FROM pg_snapshot_xip(snapshot) AS running
+            WHERE pg_visible_in_snapshot(running, watermark)
+        )
+    THEN
+        RETURN NULL;
+    END IF;
+    IF ehub.trimmed_below() > pg_snapshot_xmin(watermark) THEN
+        RETURN NULL;
+    END IF;
+    SELECT bool_or(c.keys IS NULL), array_agg(key) INTO whole, delta
+    FROM ehub.changes(version_id, watermark) AS c LEFT JOIN unnest(c.keys) AS key ON true;
+    IF whole IS NULL THEN
+        RETURN candidates;
+    ELSIF whole THEN
+        RETURN NULL;
+    END IF;
+    -- Reading that many rows by their keys takes as long as reading all of them in a row.
+    IF cardinality(delta) > 1000 AND cardinality(delta) > (
+        SELECT reltuples / 50 FROM pg_class WHERE oid = to_regclass('ehub_data.v' || version_id)
+    ) THEN
+        RETURN NULL;
+    END IF;
+    IF cardinality(candidates) >= asked THEN
+        SELECT count(*) INTO kept FROM unnest(candidates) AS key WHERE key <> ALL (delta);
+        IF kept < needed THEN
+            RETURN NULL;
+        END IF;
+    END IF;
+    RETURN candidates || delta;
+END $$;
+
+-- Make the functions that check candidates of a version: each a statement that is planned once a
+-- session, under the rights and in the snapshot of the caller.
+CREATE OR REPLACE FUNCTION ehub.create_checks(version_id bigint, metric text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     EXECUTE format(
-        'SELECT embedding FROM spaces.%I WHERE key = $1', (ehub.require_space(space)).space
-    ) INTO query USING stored_key;
-    IF query IS NULL THEN
-        RAISE EXCEPTION 'space % has no key %', quote_literal(space),
-            coalesce(quote_literal(left(stored_key, 60)), 'NULL') USING ERRCODE = 'EH008';
+        $template$
+            CREATE OR REPLACE FUNCTION ehub_data.%1$I(
+                query @vector@.vector, candidates text[], watermark pg_snapshot, asked int,
+                needed int, k int, leave_out text
+            ) RETURNS TABLE (key text, distance float8, metadata jsonb)
+            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $body$
+            BEGIN
+                RETURN QUERY
+                SELECT t.key, 0.0 + (t.embedding %3$s $1), t.metadata
+                FROM ehub_data.%2$I AS t
+                WHERE t.key = ANY (
+                    (SELECT ehub.deciding_keys(
+                        quote_ident(current_user)::regrole, %4$s, $3, $2, $4, $5
+                    ))::text[]
+                ) AND ($7 IS NULL OR t.key <> $7)
+                ORDER BY 2, 1 LIMIT $6;
+            END $body$
+        $template$,
+        'check_v' || version_id, 'v' || version_id, ehub.distance_operator(metric), version_id
+    );
+    EXECUTE format(
+        $template$
+            CREATE OR REPLACE FUNCTION ehub_data.%1$I(
+                queries @vector@.vector[], candidates text[], owners int[], watermark pg_snapshot,
+                asked int, k int
+            ) RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
+            LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS $body$
+            BEGIN
+                RETURN QUERY
+                WITH delta AS MATERIALIZED (
+                    SELECT ehub.deciding_keys(
+                        quote_ident(current_user)::regrole, %4$s, $4, '{}', 1, 1
+                    ) AS keys
+                ), changed AS MATERIALIZED (
+                    SELECT c.key FROM delta AS d, unnest(d.keys) AS c (key)
+                ), short AS MATERIALIZED (
+                    SELECT FROM unnest($3, $2) AS c (owner, key)
+                    WHERE EXISTS (SELECT FROM changed)
+                    GROUP BY c.owner
+                    HAVING count(*) >= $5
+                        AND count(*) FILTER (WHERE c.key NOT IN (SELECT h.key FROM changed AS h)) < $6
+                ), pairs AS (
+                    SELECT c.owner, c.key FROM unnest($3, $2) AS c (owner, key)
+                    UNION
+                    SELECT s.owner, h.key
+                    FROM changed AS h, generate_series(1, cardinality($1)) AS s (owner)
+                ), placed AS (
+                    SELECT
+                        p.owner, t.key, t.metadata, 0.0 + (t.embedding %3$s v.query) AS distance
+                    FROM pairs AS p
+                    JOIN unnest($1) WITH ORDINALITY AS v (query, owner) ON v.owner = p.owner
+                    JOIN ehub_data.%2$I AS t ON t.key = p.key
+                    WHERE (SELECT d.keys IS NOT NULL FROM delta AS d)
+                        AND NOT EXISTS (SELECT FROM short)
+                ), ranked AS (
+                    SELECT p.*, row_number() OVER (
+                        PARTITION BY p.owner ORDER BY p.distance, p.key
+                    ) AS place
+                    FROM placed AS p
+                )
+                SELECT r.owner, r.key, r.distance, r.metadata FROM ranked AS r
+                WHERE r.place <= $6 ORDER BY r.owner, r.place;
+            END $body$
+        $template$,
+        'check_many_v' || version_id, 'v' || version_id, ehub.distance_operator(metric), version_id
+    );
+END $$;
+
+CREATE OR REPLACE FUNCTION ehub.drop_checks(version_id bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    EXECUTE format('DROP FUNCTION ehub_data.%I', 'check_v' || version_id);
+    EXECUTE format('DROP FUNCTION ehub_data.%I', 'check_many_v' || version_id);
+END $$;
+
+SELECT ehub.create_checks(id, metric) FROM ehub.version;
+
+-- Find the k nearest rows to a query: in any statement, joined with what you like.
+--
+-- ehub.mode: 'auto' asks the index service and goes exact where it cannot help, 'index' fails then,
+-- 'exact' never asks. ehub.consistency: 'strong' sees everything that this transaction sees,
+-- 'eventual' leaves out what the index has not seen. ehub.ef_search: the candidates that the index
+-- keeps while it searches, instead of as many as its target recall needs.
+CREATE OR REPLACE FUNCTION ehub.nearest(
+    space text, query @vector@.vector, k int, leave_out text DEFAULT NULL
+) RETURNS TABLE (key text, distance float8, metadata jsonb)
+LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    me regrole := quote_ident(current_user)::regrole;
+    target ehub.catalogue := ehub.require_space(space);
+    mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
+    needed int;
+    asked int;
+    proposed record;
+    reason text;
+BEGIN
+    PERFORM ehub.require_query(target, query, k);
+    IF mode <> 'exact' THEN
+        PERFORM ehub.choice('ehub.consistency', 'strong', 'eventual');
+        needed := least(k, 1000000000) + (leave_out IS NOT NULL)::int;
+        asked := needed;
+        FOR attempt IN 1 .. 2 LOOP
+            proposed := ehub.candidates(
+                me, target.index_id, 1, asked,
+                encode(@vector@.vector_send(query), 'hex')
+            );
+            reason := proposed.reason;
+            EXIT WHEN reason IS NOT NULL;
+            RETURN QUERY EXECUTE format(
+                'SELECT key, distance, metadata FROM ehub_data.%I($1, $2, $3, $4, $5, $6, $7)',
+                'check_v' || target.version_id
+            ) USING query, proposed.keys, proposed.watermark, asked, needed, k, leave_out;
+            IF FOUND OR ehub.deciding_keys(
+                me, target.version_id, proposed.watermark, proposed.keys, asked, needed
+            ) IS NOT NULL THEN
+                RETURN;
+            END IF;
+            reason := 'too much has changed since it was brought up to date';
+            asked := 2 * needed + 1000;
+        END LOOP;
+        PERFORM ehub.require_exact_is_allowed(mode, space, reason);
     END IF;
-    RETURN QUERY SELECT * FROM ehub.nearest_exact(space, query, k, stored_key);
+    RETURN QUERY SELECT * FROM ehub.nearest_exact(space, query, k, leave_out);
+END $$;
+
+-- The neighbours of a stored key, without itself.
+CREATE OR REPLACE FUNCTION ehub.nearest_to(space text, stored_key text, k int)
+RETURNS TABLE (key text, distance float8, metadata jsonb)
+LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN QUERY SELECT * FROM ehub.nearest(space, ehub.get(space, stored_key), k, stored_key);
+END $$;
+
+-- The k nearest rows to each of many queries, in one trip to the index; q counts them from 1.
+CREATE OR REPLACE FUNCTION ehub.nearest_many(space text, queries @vector@.vector[], k int)
+RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
+LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    me regrole := quote_ident(current_user)::regrole;
+    target ehub.catalogue := ehub.require_space(space);
+    mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
+    asked int := least(k, 1000000000);
+    proposed record;
+    reason text;
+BEGIN
+    IF coalesce(cardinality(queries), 0) = 0 THEN
+        RAISE EXCEPTION 'space %: an empty batch: no queries were given', quote_literal(space)
+            USING ERRCODE = 'EH005';
+    END IF;
+    PERFORM ehub.require_query(target, v.query, k) FROM unnest(queries) AS v (query);
+    IF mode <> 'exact' THEN
+        PERFORM ehub.choice('ehub.consistency', 'strong', 'eventual');
+        FOR attempt IN 1 .. 2 LOOP
+            proposed := ehub.candidates(
+                me, target.index_id, cardinality(queries), asked, (
+                    SELECT string_agg(encode(@vector@.vector_send(v.query), 'hex'), '')
+                    FROM unnest(queries) AS v (query)
+                )
+            );
+            reason := proposed.reason;
+            EXIT WHEN reason IS NOT NULL;
+            RETURN QUERY EXECUTE format(
+                'SELECT q, key, distance, metadata FROM ehub_data.%I($1, $2, $3, $4, $5, $6)',
+                'check_many_v' || target.version_id
+            ) USING queries, proposed.keys, (
+                SELECT array_agg(c.owner::int)
+                FROM unnest(proposed.counts) WITH ORDINALITY AS c (n, owner),
+                    generate_series(1, c.n)
+            ), proposed.watermark, asked, k;
+            IF FOUND OR cardinality(proposed.keys) = 0 AND ehub.deciding_keys(
+                me, target.version_id, proposed.watermark, '{}', 1, 1
+            ) IS NOT NULL THEN
+                RETURN;
+            END IF;
+            reason := 'too much has changed since it was brought up to date';
+            asked := 2 * asked + 1000;
+        END LOOP;
+        PERFORM ehub.require_exact_is_allowed(mode, space, reason);
+    END IF;
+    RETURN QUERY
+    SELECT v.q::int, n.key, n.distance, n.metadata
+    FROM unnest(queries) WITH ORDINALITY AS v (query, q),
+        ehub.nearest_exact(space, v.query, k) AS n
+    ORDER BY v.q, n.distance, n.key;
+END $$;
+
+-- Under mode 'index' the reason why the index cannot answer is an error.
+CREATE OR REPLACE FUNCTION ehub.require_exact_is_allowed(mode text, space text, reason text)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF mode = 'index' THEN
+        RAISE EXCEPTION 'space %: the index cannot answer: %', quote_literal(space), reason
+            USING ERRCODE = 'EH009', HINT = 'SET ehub.mode = ''auto'' goes exact instead';
+    END IF;
+END $$;
+
+-- Why the index service cannot answer yet with all that a snapshot sees; NULL if it can.
+CREATE OR REPLACE FUNCTION ehub.index_missing(space text, seen pg_snapshot) RETURNS text
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    me regrole := quote_ident(current_user)::regrole;
+    target ehub.catalogue := ehub.require_space(space);
+    anything @vector@.vector := array_fill(1::real, ARRAY[target.dims]);
+    proposed record;
+BEGIN
+    proposed := ehub.candidates(
+        me, target.index_id, 1, 1, encode(@vector@.vector_send(anything), 'hex')
+    );
+    IF proposed.reason IS NULL AND (
+        pg_snapshot_xmax(proposed.watermark) < pg_snapshot_xmax(seen)
+        OR EXISTS (
+            SELECT FROM pg_snapshot_xip(proposed.watermark) AS running
+            WHERE pg_visible_in_snapshot(running, seen)
+        )
+    ) THEN
+        RETURN 'it is behind';
+    END IF;
+    RETURN proposed.reason;
 END $$;

@@ -57,7 +57,7 @@ BEGIN
     RETURN version_id;
 END $$;
 
--- The table of a version. Storage MAIN keeps vectors beside their keys: exact scans are several
+-- The table of a version, and what belongs to it. Storage MAIN keeps vectors beside their keys: exact scans are several
 -- times as fast as with the default, which moves them out of line.
 CREATE OR REPLACE FUNCTION ehub.create_data_table(
     version_id bigint, space text, dims int, metric text
@@ -89,6 +89,7 @@ BEGIN
             version_id
         );
     END LOOP;
+    PERFORM ehub.create_checks(version_id, metric);
 END $$;
 
 -- Delete a space with all its rows. It waits for those who use them.
@@ -105,6 +106,7 @@ BEGIN
         WHERE s.name = $1
     LOOP
         EXECUTE format('DROP TABLE ehub_data.%I', 'v' || version.id);
+        PERFORM ehub.drop_checks(version.id);
         DELETE FROM ehub.change AS c WHERE c.version_id = version.id;
     END LOOP;
     UPDATE ehub.space AS s SET current_version_id = NULL WHERE s.name = $1;

@@ -10,7 +10,7 @@ BEGIN
 END $$;
 
 -- Every space, and beside it every copy of its index. Lag: keys changed since what the copy has
--- last reported as applied.
+-- last reported as applied. In SQL: what ehub.nearest does, and why it is slow where it is.
 CREATE OR REPLACE VIEW ehub.status AS
 SELECT
     c.space,
@@ -29,7 +29,9 @@ SELECT
     r.recall,
     r.memory,
     r.reported_at,
-    r.last_error
+    r.last_error,
+    coalesce('exact: ' || ehub.service_missing(), 'by the index service') AS in_sql,
+    c.index_id
 FROM ehub.catalogue AS c
 LEFT JOIN ehub.replica AS r ON r.index_id = c.index_id AND r.expires_at > clock_timestamp()
 ORDER BY c.space, r.reported_at DESC;

@@ -39,6 +39,13 @@ class Found(NamedTuple):
     distances: list[float]
 
 
+class Proposed(NamedTuple):
+    """The answer to some queries: keys by query, nearest first, and what the rows equalled."""
+
+    keys: list[list[str]]
+    as_of: object
+
+
 class _Graph(Protocol):
     """The part of hnswlib.Index that is used here."""
 
@@ -93,6 +100,8 @@ class HnswIndex:
         self.calibration = Calibration.untried()
         # Whether a search could not reach as many rows as there are.
         self.disconnected = False
+        self.as_of: object = None
+        """What the visible rows equal, in the words of who keeps them; None while nobody says."""
 
     # --- reading
 
@@ -136,39 +145,76 @@ class HnswIndex:
             label = self._labels.get(key)
             return None if label is None else self._stored([label])[0]
 
-    def search(self, queries: Matrix, k: int, threads: int | None = None) -> list[Found] | None:
+    def search(self, queries: Matrix, k: int) -> list[Found] | None:
         """Find the ``k`` nearest of each query, float32 of shape ``(n, dims)``, by the graph.
 
         Finds as many as there are where there are fewer than ``k``. None means that the graph
         could not answer (parts of it cannot be reached): ask the database.
         """
-        self._require(queries)
-        if self.metric == "cosine":
-            queries = unit(queries)
+        queries = self._comparable(queries)
         with self._lock.read():
-            wanted = min(k, self._rows)
-            if not wanted:
-                return [Found([], []) for _ in queries]
-            recent, rows = self._tail.below(self._visible)
-            if self._tail.base == 0:
-                near, far = nearest_among(queries, recent, rows, wanted, self.metric)
-                return self._answers(near, far)
-            found = self._reach(queries, wanted, threads)
+            found = self._nearest(queries, k)
             if found is None:
                 return None
-            near, far = found
-            if len(recent) or len(self._keys) > self._visible:
-                # What the graph found of the newest rows is there anyway, staged ones not yet.
-                far = np.where(near < min(self._tail.base, self._visible), far, np.inf)
-                newest = nearest_among(queries, recent, rows, wanted, self.metric)
-                near, far = np.hstack([near, newest[0]]), np.hstack([far, newest[1]])
-                order = np.argsort(far, axis=1, kind="stable")[:, :wanted]
-                near = np.take_along_axis(near, order, axis=1)
-                far = np.take_along_axis(far, order, axis=1)
-            return self._answers(near[:, :wanted], far[:, :wanted])
+            keys = self._keys
+            return [
+                Found([keys[label] for label in row], near)
+                for row, near in zip(
+                    found[0].tolist(), self._distances(found[1]).tolist(), strict=True
+                )
+            ]
+
+    def propose(self, queries: Matrix, k: int, ef: int = 0) -> Proposed | None:
+        """Find keys as :meth:`search` does, and say as of what they are right.
+
+        ``ef`` is what the graph is searched with, 0 for what was calibrated. A smaller one than
+        that makes other searches wait.
+        """
+        queries = self._comparable(queries)
+        if not ef or ef >= self.calibration.ef:
+            with self._lock.read():
+                return self._proposed(self._nearest(queries, k, ef))
+        with self._lock.write():
+            self._graph.set_ef(ef)
+            try:
+                return self._proposed(self._nearest(queries, k, ef))
+            finally:
+                self._graph.set_ef(self.calibration.ef)
+
+    def _proposed(
+        self, found: tuple[NDArray[np.int64], NDArray[np.float32]] | None
+    ) -> Proposed | None:
+        if found is None:
+            return None
+        keys = self._keys
+        return Proposed([[keys[label] for label in row] for row in found[0].tolist()], self.as_of)
+
+    def _nearest(
+        self, queries: Matrix, k: int, ef: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Return the labels of the nearest, and the graph's own distances; under the lock."""
+        wanted = min(k, self._rows)
+        recent, rows = self._tail.below(self._visible)
+        if self._tail.base == 0:
+            return nearest_among(queries, recent, rows, wanted, self.metric)
+        if not wanted:
+            return np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
+        found = self._reach(queries, wanted, ef)
+        if found is None:
+            return None
+        near, far = found
+        if len(recent) or len(self._keys) > self._visible:
+            # What the graph found of the newest rows is there anyway, staged ones not yet.
+            far = np.where(near < min(self._tail.base, self._visible), far, np.inf)
+            newest = nearest_among(queries, recent, rows, wanted, self.metric)
+            near, far = np.hstack([near, newest[0]]), np.hstack([far, newest[1]])
+            order = np.argsort(far, axis=1, kind="stable")[:, :wanted]
+            near = np.take_along_axis(near, order, axis=1)
+            far = np.take_along_axis(far, order, axis=1)
+        return near[:, :wanted], far[:, :wanted]
 
     def _reach(
-        self, queries: Matrix, wanted: int, threads: int | None
+        self, queries: Matrix, wanted: int, ef: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Search the graph for at least ``wanted`` visible rows, and staged ones among them."""
         # hnswlib searches with max(ef, k), and its ef is one for all calls: to ask for more than is
@@ -176,10 +222,10 @@ class HnswIndex:
         live = self._graph.get_current_count() - self._tombstones
         # Staged rows may stand before visible ones; then more must be asked for.
         staged = live - self._rows
-        ef = self.calibration.ef_for(wanted)
+        ef = ef or self.calibration.ef_for(wanted)
         asked = wanted if self.calibration.ef >= ef and ef < live else ef
         asked = min(asked + min(staged, wanted), live)
-        found = self._query(queries, asked, threads)
+        found = self._query(queries, asked)
         if found is None and asked == live:
             # All of them, and some cannot be reached: they are few enough to compare.
             labels = self._visible_labels()
@@ -187,12 +233,12 @@ class HnswIndex:
         while found is None and asked > wanted:
             # So many cannot be reached; enough may be.
             asked = max(wanted, asked // 2)
-            found = self._query(queries, asked, threads)
+            found = self._query(queries, asked)
         while found is not None and staged and asked < live:
             if ((found[0] < self._visible).sum(axis=1) >= wanted).all():
                 break
             asked = min(asked * 4, live)
-            found = self._query(queries, asked, threads)
+            found = self._query(queries, asked)
         if found is None:
             self.disconnected = not staged
             return None
@@ -206,9 +252,7 @@ class HnswIndex:
 
         Returns labels and the graph's own distances, each of shape ``(n, min(k, rows))``.
         """
-        self._require(queries)
-        if self.metric == "cosine":
-            queries = unit(queries)
+        queries = self._comparable(queries)
         with self._lock.read():
             labels = self._visible_labels()
 
@@ -243,7 +287,7 @@ class HnswIndex:
                 self._graph.set_ef(ef)
                 live = self._graph.get_current_count() - self._tombstones
                 part = queries[start : start + _MEASURE_BATCH]
-                found = self._query(part, min(k, live), THREADS) if live else None
+                found = self._query(part, min(k, live)) if live else None
                 self._graph.set_ef(self.calibration.ef)
             if found is None:
                 return np.empty((len(queries), 0), np.int64)
@@ -260,9 +304,7 @@ class HnswIndex:
         Each key at most once between two calls of :meth:`publish`. Readers have their turn
         between small batches.
         """
-        self._require(vectors)
-        if self.metric == "cosine":
-            vectors = unit(vectors)
+        vectors = self._comparable(vectors)
         # Nobody reads an index that has published nothing.
         size = _ADD_BATCH if self._visible else _BUILD_BATCH
         for start in range(0, len(keys), size):
@@ -275,9 +317,13 @@ class HnswIndex:
                 self._tail.extend(vectors[start : start + size])
                 self._graph.add_items(vectors[start : start + size], labels, num_threads=THREADS)
 
-    def publish(self, deleted: Collection[str] = ()) -> None:
-        """Show the staged rows and hide what they replace and ``deleted``, at one moment."""
+    def publish(self, deleted: Collection[str] = (), as_of: object = None) -> None:
+        """Show the staged rows and hide what they replace and ``deleted``, at one moment.
+
+        From the same moment on the rows are said to equal ``as_of``.
+        """
         with self._lock.write():
+            self.as_of = as_of
             for key in deleted:
                 self._bury(self._labels.pop(key, None))
             for label in range(self._visible, len(self._keys)):
@@ -306,8 +352,7 @@ class HnswIndex:
 
     def differing(self, keys: Sequence[str], vectors: Matrix) -> NDArray[np.bool_]:
         """Say for each row whether the index lacks it or holds another vector for its key."""
-        if self.metric == "cosine":
-            vectors = unit(vectors)
+        vectors = self._comparable(vectors)
         with self._lock.read():
             labels = np.array([self._labels.get(key, -1) for key in keys], np.int64)
             differs = labels < 0
@@ -347,6 +392,7 @@ class HnswIndex:
         index._visible = len(keys)
         index._tail = tail.Tail(dims, base=len(keys))
         index.disconnected = False
+        index.as_of = None
         index._tombstones = index._graph.get_current_count() - index._rows
         index.calibration = calibration
         if len(keys) <= tail.SIZE:
@@ -373,10 +419,12 @@ class HnswIndex:
     def _visible_labels(self) -> NDArray[np.int64]:
         return np.fromiter(self._labels.values(), np.int64, self._rows)
 
-    def _require(self, vectors: Matrix) -> None:
+    def _comparable(self, vectors: Matrix) -> Matrix:
+        """Return vectors in the form in which the graph has its own."""
         # hnswlib reads whatever memory follows a vector that is too short.
         if vectors.ndim != 2 or vectors.shape[1] != self.dims or vectors.dtype != np.float32:
             raise ValueError(f"float32 of shape (n, {self.dims}) is needed, not {vectors.shape}")
+        return unit(vectors) if self.metric == "cosine" else vectors
 
     def _reserve(self, n: int) -> None:
         needed = len(self._keys) + n
@@ -391,11 +439,11 @@ class HnswIndex:
             self._tombstones += 1
 
     def _query(
-        self, queries: Matrix, k: int, threads: int | None
+        self, queries: Matrix, k: int
     ) -> tuple[NDArray[np.uint64], NDArray[np.float32]] | None:
         try:
             return self._graph.knn_query(
-                queries, k=k, num_threads=threads or (1 if len(queries) == 1 else THREADS)
+                queries, k=k, num_threads=1 if len(queries) == 1 else THREADS
             )
         except RuntimeError:
             # Fewer than k could be reached.
@@ -415,13 +463,6 @@ class HnswIndex:
             # Rounding can take the product of two unit vectors past 1.
             return np.clip(wide, 0, 2)
         return wide - 1
-
-    def _answers(self, labels: NDArray[np.int64], distances: NDArray[np.float32]) -> list[Found]:
-        keys = self._keys
-        return [
-            Found([keys[label] for label in row], near)
-            for row, near in zip(labels.tolist(), self._distances(distances).tolist(), strict=True)
-        ]
 
 
 class _ReadWriteLock:

@@ -83,6 +83,16 @@ class _Stopped(Exception):  # noqa: N818 - control flow, not an error
     """The process is leaving; a job ends where it is."""
 
 
+class Stamp(NamedTuple):
+    """What the rows of an index equal: the state of one life of the database at a watermark.
+
+    ``incarnation`` is None where nobody asks who would have to compare it.
+    """
+
+    incarnation: str | None
+    watermark: Watermark
+
+
 @dataclasses.dataclass
 class Fresh:
     """An index that a job has made, and the watermark that it equals."""
@@ -107,6 +117,14 @@ class Shared:
     stopping: bool = False
     # Counts connections: what was read through an earlier one may have been undone.
     epoch: int = 0
+    # The life of the database that the present connection goes to, where a service follows it.
+    incarnation: str | None = None
+    # What its copies say in front of their place.
+    title: str = ""
+
+    def stamp(self, watermark: Watermark) -> Stamp:
+        """Return what the rows of an index equal that was brought to this watermark."""
+        return Stamp(self.incarnation, watermark)
 
 
 class Copy:
@@ -158,11 +176,16 @@ class Copy:
     @property
     def _place(self) -> str:
         where = self.store.folder if self.owner else f"process {os.getpid()}"
-        return f"{socket.gethostname()} {where}"
+        return f"{self._shared.title}{socket.gethostname()} {where}"
 
     def serving(self) -> bool:
         """Whether it may answer."""
         return self.state is State.READY and self.index is not None and self.watermark is not None
+
+    def forget_stamp(self) -> None:
+        """Say no more what the index equals, until it was brought there again."""
+        if self.index is not None:
+            self.index.as_of = None
 
     def resume(self, worker: Connection) -> None:
         """Go back to what was acknowledged, over a new connection.
@@ -217,12 +240,15 @@ class Copy:
             self._submit("rebuild", self._build)
             return True
         if len(keys) > _LARGE_BACKLOG:
-            if not self._submit("catch up", self._catch_up, fresh):
+            life = self._shared.epoch, self._shared.incarnation
+            if not self._submit("catch up", self._catch_up, fresh, *life):
                 # Another job goes on; to read so many keys again and again would not help it.
                 self.blocked_until = time.monotonic() + 0.5
             return True
+        stamp = self._shared.stamp(snapshot)
         if keys:
-            _apply(index, keys, read_rows(worker, self.entry, keys))
+            _apply(index, keys, read_rows(worker, self.entry, keys), stamp)
+        index.as_of = stamp
         if fresh is not None:
             self._adopt(fresh)
         self._applied(keys)
@@ -490,11 +516,11 @@ class Copy:
         self.index = None
         self.fresh = Fresh(index, watermark)
 
-    def _catch_up(self, fresh: Fresh | None) -> None:
+    def _catch_up(self, fresh: Fresh | None, epoch: int, incarnation: str | None) -> None:
         """Apply a large backlog, to the index that answers or to one that is about to."""
         entry = self.entry
         state: Copy | Fresh = self if fresh is None else fresh
-        index, epoch = state.index, self._shared.epoch
+        index = state.index
         if index is None or state.watermark is None:
             return
         with Spool(self.store.folder, entry.dims) as spool:
@@ -513,7 +539,7 @@ class Copy:
                     yield part, vectors
                     self.done += len(part)
 
-            _apply(index, keys, batches())
+            _apply(index, keys, batches(), Stamp(incarnation, snapshot))
         with self._shared.changed:
             if fresh is None:
                 self._applied(keys)
@@ -525,6 +551,7 @@ class Copy:
             else:
                 # What was read may have been undone by a crash.
                 state.redo |= keys
+                index.as_of = None
 
     def _measure(self, index: HnswIndex) -> None:
         calibrate(index, self.entry.target_recall)
@@ -555,7 +582,9 @@ class Copy:
             raise _Stopped
 
 
-def _apply(index: HnswIndex, keys: set[str], rows: Iterable[tuple[list[str], Matrix]]) -> None:
+def _apply(
+    index: HnswIndex, keys: set[str], rows: Iterable[tuple[list[str], Matrix]], stamp: Stamp
+) -> None:
     """Make an index equal to the table for ``keys``, which have these rows, at one moment."""
     absent = set(keys)
     try:
@@ -565,7 +594,7 @@ def _apply(index: HnswIndex, keys: set[str], rows: Iterable[tuple[list[str], Mat
             differs = np.flatnonzero(index.differing(part, vectors))
             if len(differs):
                 index.add([part[row] for row in differs], vectors[differs])
-        index.publish(absent)
+        index.publish(absent, stamp)
     except BaseException:
         index.discard()
         raise

@@ -51,12 +51,12 @@ class Behind(Exception):  # noqa: N818 - control flow, not an error
     """The log that a watermark needs is gone, or the whole table changed."""
 
 
-def read_catalogue(connection: Connection, spaces: list[str]) -> dict[str, Entry]:
-    """Return the entries of those of the spaces that exist, by name."""
+def read_catalogue(connection: Connection, spaces: list[str] | None) -> dict[str, Entry]:
+    """Return the entries of those of the spaces that exist, or of all, by name."""
     rows = connection.execute(
         "SELECT space, version, version_id, dims, metric, index_id, m, ef_construction,"
-        " target_recall FROM ehub.catalogue WHERE space = ANY(%s)",
-        [spaces],
+        " target_recall FROM ehub.catalogue WHERE %s::text[] IS NULL OR space = ANY(%s)",
+        [spaces, spaces],
     )
     return {row[0]: Entry(*row) for row in rows}
 

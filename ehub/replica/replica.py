@@ -46,17 +46,27 @@ _LEAVE_SECONDS = 30.0
 class Replica:
     """The indexes of one process, followed in the background.
 
-    Nothing runs until the first :meth:`follow`. Every method may be called from any thread.
+    Nothing runs until the first :meth:`follow` or :meth:`follow_all`. Every method may be called
+    from any thread.
+
+    Args:
+        database: what to follow.
+        service: what to be called by a service, whose answers name the life of the database that
+            they are of; None where searches are answered in this process alone.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, service: str | None = None) -> None:
         self._database = database
         self._listener = Listener(database)
         self._shared = Shared(database, self._listener.interrupt)
+        self._service = service
+        if service is not None:
+            self._shared.title = f"{service}, "
         self._worker: Connection | None = None
         # The cluster's system identifier and the database's oid.
         self._identity: tuple[int, int] | None = None
         self._wanted: set[str] = set()
+        self._everything = False
         self._copies: dict[str, Copy] = {}
         self._written: dict[str, set[int]] = {}
         self._started = 0
@@ -71,14 +81,32 @@ class Replica:
         if space in self._wanted:
             return
         with self._shared.changed:
-            if self._shared.stopping:
-                raise UnavailableError("this hub is closed; connect again")
             self._wanted.add(space)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="ehub-replica", daemon=True)
-                self._thread.start()
-                atexit.register(self.close)
+            self._begin()
         self._listener.interrupt()
+
+    def follow_all(self) -> None:
+        """Keep indexes of all spaces from now on, also of those to come; returns at once."""
+        with self._shared.changed:
+            self._everything = True
+            self._begin()
+
+    def _begin(self) -> None:
+        if self._shared.stopping:
+            raise UnavailableError("this hub is closed; connect again")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="ehub-replica", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)
+
+    def followed(self) -> list[Copy]:
+        """Return the copies that there are: those of a service's answers."""
+        return list(self._copies.values())
+
+    @property
+    def connected(self) -> bool:
+        """Whether the last that was heard of the database was an answer."""
+        return self._shared.connected
 
     def wrote(self, space: str, xid: int) -> None:
         """Remember a transaction of this process: the index must see it before it answers."""
@@ -251,6 +279,12 @@ class Replica:
             if standby:
                 # Its snapshots do not say which transactions run on the primary.
                 raise UnavailableError("a standby has no watermarks to follow; searches are exact")
+            # Copies say what they equal only after they were brought there over this connection.
+            for copy in self._copies.values():
+                copy.forget_stamp()
+            if self._service is not None:
+                row = worker.execute("SELECT ehub.enter_incarnation()::text").fetchone()
+                self._shared.incarnation = row[0] if row else None
             if self._identity not in (None, (system, database)):
                 _log.warning("this is another database than before; indexes are made anew")
                 for copy in self._copies.values():
@@ -311,7 +345,7 @@ class Replica:
         return found
 
     def _update_copies(self, worker: Connection) -> None:
-        entries = read_catalogue(worker, list(self._wanted))
+        entries = read_catalogue(worker, None if self._everything else list(self._wanted))
         for space, copy in list(self._copies.items()):
             entry = entries.get(space)
             if entry is None or entry.index_id != copy.entry.index_id:

@@ -340,7 +340,9 @@ class Door:
             return _error(error.state, str(error), error.hint)
         except Exception as error:
             _log.exception("a statement failed")
-            return _error("XX000", f"{type(error).__name__} in the index service; its log says more")
+            return _error(
+                "XX000", f"{type(error).__name__} in the index service; its log says more"
+            )
         return _encode(answer)
 
 

@@ -1,0 +1,164 @@
+"""What the service answers: candidates for Postgres, and its state for whoever looks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from ehub.replica import Copy, Replica, Stamp
+from ehub.service.metrics import Metrics
+from ehub.service.pgwire import Answer, Column, StatementError, array
+from ehub.types import Matrix
+
+_INT4, _BOOL, _INT4_ARRAY, _SNAPSHOT, _TEXT_ARRAY, _INT8 = 23, 16, 1007, 5038, 1009, 20
+
+_COLUMNS = (
+    Column("nonce"),
+    Column("reason"),
+    Column("micros", _INT4),
+    Column("watermark", _SNAPSHOT),
+    Column("counts", _INT4_ARRAY),
+    Column("keys", _TEXT_ARRAY),
+)
+_STATUS_COLUMNS = (
+    Column("space"),
+    Column("index", _INT8),
+    Column("state"),
+    Column("rows", _INT8),
+    Column("watermark", _SNAPSHOT),
+    Column("last_error"),
+)
+_FIELDS = 8
+# No answer is longer than this many keys; Postgres goes exact then.
+_MOST = 10_000_000
+
+
+class _Question(NamedTuple):
+    """``CANDIDATES nonce incarnation index n k ef queries``, as ``ehub.candidates`` writes it."""
+
+    nonce: str
+    incarnation: str
+    index_id: int
+    n: int
+    k: int
+    ef: int
+    queries: str
+
+    @classmethod
+    def parse(cls, statement: str) -> _Question:
+        fields = statement.split(" ", _FIELDS - 1)
+        if len(fields) != _FIELDS:
+            raise StatementError(
+                "42601",
+                f"CANDIDATES has {_FIELDS - 1} fields, like those that ehub.candidates sends",
+            )
+        _, nonce, incarnation, index_id, n, k, ef, queries = fields
+        try:
+            asked = cls(nonce, incarnation, int(index_id), int(n), int(k), int(ef), queries)
+        except ValueError as error:
+            raise StatementError("42601", f"CANDIDATES: {error}") from None
+        if asked.n < 1 or asked.k < 1 or asked.ef < 0:
+            raise StatementError("22023", "CANDIDATES: n and k are positive, ef is not negative")
+        return asked
+
+    def matrix(self, dims: int) -> Matrix:
+        """Read what ``vector_send`` wrote: float32 of shape ``(n, dims)``."""
+        try:
+            data = np.frombuffer(bytes.fromhex(self.queries), np.uint8)
+            rows = data.reshape(self.n, 4 + 4 * dims)[:, 4:]
+        except ValueError:
+            raise StatementError(
+                "22P02", f"CANDIDATES: {self.n} vectors of {dims} dims are needed"
+            ) from None
+        return np.ascontiguousarray(rows).view(">f4").astype(np.float32)
+
+
+class Answers:
+    """Answers the statements that come through the door."""
+
+    def __init__(self, replica: Replica, metrics: Metrics) -> None:
+        self._replica, self._metrics = replica, metrics
+
+    def __call__(self, statement: str) -> Answer:
+        """Answer a statement; raises StatementError for one that is not understood."""
+        word = statement.split(None, 1)[0].rstrip(";").upper()
+        if word == "CANDIDATES":
+            return self._candidates(_Question.parse(statement))
+        answers: dict[str, Callable[[str], Answer]] = {
+            "STATUS": self._status,
+            "SELECT": self._select,
+            "SET": self._set,
+        }
+        if word not in answers:
+            raise StatementError(
+                "0A000",
+                f"the index service does not know {word[:20]}",
+                "it answers CANDIDATES (to Postgres), STATUS and SELECT 1; the data is in Postgres",
+            )
+        return answers[word](statement)
+
+    def _candidates(self, asked: _Question) -> Answer:
+        started = time.perf_counter()
+        reason, watermark, counts, keys = self._propose(asked)
+        seconds = time.perf_counter() - started
+        self._metrics.answered(asked.n, seconds, reason)
+        micros = str(round(seconds * 1e6))
+        return Answer(_COLUMNS, [[asked.nonce, reason, micros, watermark, counts, keys]])
+
+    def _propose(self, asked: _Question) -> tuple[str | None, str | None, str | None, str | None]:
+        copy = self._copy(asked.index_id)
+        if copy is None:
+            return "the service has no such index yet", None, None, None
+        index = copy.index
+        if index is None or index.as_of is None:
+            return f"it is {copy.state}", None, None, None
+        if asked.n * asked.k > _MOST and asked.n * len(index) > _MOST:
+            return f"more than {_MOST} keys are asked for", None, None, None
+        found = index.propose(asked.matrix(index.dims), asked.k, asked.ef)
+        if found is None:
+            return "parts of its graph cannot be reached; it is built anew", None, None, None
+        stamp = found.as_of
+        if not isinstance(stamp, Stamp) or stamp.incarnation != asked.incarnation:
+            return "it follows another life of this database", None, None, None
+        counts = "{" + ",".join([str(len(keys)) for keys in found.keys]) + "}"
+        flat = found.keys[0] if asked.n == 1 else [key for keys in found.keys for key in keys]
+        return None, str(stamp.watermark), counts, array(flat)
+
+    def _copy(self, index_id: int) -> Copy | None:
+        for copy in self._replica.followed():
+            if copy.entry.index_id == index_id:
+                return copy
+        return None
+
+    def _status(self, _statement: str) -> Answer:
+        rows = []
+        for copy in self._replica.followed():
+            index = copy.index
+            stamp = None if index is None else index.as_of
+            rows.append(
+                [
+                    copy.entry.space,
+                    str(copy.entry.index_id),
+                    str(copy.state),
+                    None if index is None else str(len(index)),
+                    str(stamp.watermark) if isinstance(stamp, Stamp) else None,
+                    copy.error,
+                ]
+            )
+        return Answer(_STATUS_COLUMNS, rows)
+
+    def _select(self, statement: str) -> Answer:
+        value = statement.split(None, 1)[1:]
+        if not value or not value[0].rstrip("; \n").isdigit():
+            raise StatementError("0A000", "the index service selects numbers only: SELECT 1")
+        return Answer([Column("?column?", _INT4)], [[value[0].rstrip("; \n")]])
+
+    def _set(self, statement: str) -> Answer:
+        # What libpq says where the database's encoding is another one.
+        words = statement.replace("=", " ").replace("'", " ").upper().rstrip("; \n").split()
+        if len(words) < 3 or words[1] != "CLIENT_ENCODING" or words[-1] not in ("UTF8", "UTF-8"):
+            raise StatementError("0A000", "the index service speaks UTF-8 and has no settings")
+        return Answer([], [], "SET")

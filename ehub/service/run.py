@@ -1,0 +1,171 @@
+"""The service itself: what runs, and how it begins and ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import ssl
+import sys
+import threading
+import time
+from types import TracebackType
+
+from ehub.config import Address
+from ehub.database import Connection, Database, mapped
+from ehub.errors import ConfigurationError, EhubError
+from ehub.replica import Replica
+from ehub.service.candidates import Answers
+from ehub.service.metrics import Metrics, Pages
+from ehub.service.pgwire import Door, Verifier
+
+_log = logging.getLogger(__name__)
+
+# Postgres takes a service whose pulse is older than two seconds for hung (sql/service.sql).
+_PULSE_SECONDS = 0.5
+_SECRET_SECONDS = 2.0
+# A thread that works in Python lets another one run after this long; a search takes no longer.
+_SWITCH_SECONDS = 0.0005
+
+
+class Service:
+    """Indexes of all spaces of a database, and the door at which Postgres asks for candidates.
+
+    Args:
+        database: what to follow, as the owner of schema ``ehub``.
+        listen: where Postgres finds it.
+        pages: where metrics and health are, None for nowhere.
+        tls: with a certificate, for connections that ask for it.
+
+    Raises:
+        ConfigurationError: it cannot listen there.
+        UnavailableError: the database cannot be reached.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        listen: Address,
+        pages: Address | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._database = database
+        self._stopping = threading.Event()
+        self._secret: tuple[str, Verifier] | None = None
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        self._replica = Replica(database, f"service at {listen}")
+        metrics = Metrics(self._replica, lambda: self._door.connections)
+        with contextlib.ExitStack() as stack:
+            self._door = Door(listen, self._verifier, Answers(self._replica, metrics), tls)
+            stack.callback(self._door.close)
+            self._pages = (
+                None if pages is None else Pages(pages, metrics, self._replica, self.ready)
+            )
+            if self._pages is not None:
+                stack.callback(self._pages.close)
+            stack.callback(self._replica.close)
+            # An error of the first connection is told at once; later ones are waited out.
+            with contextlib.closing(self._feel()):
+                pass
+            self._pulse = threading.Thread(target=self._beat, name="ehub-pulse", daemon=True)
+            self._pulse.start()
+            self._replica.follow_all()
+            self._leave = stack.pop_all()
+
+    @property
+    def address(self) -> Address:
+        """Where Postgres finds it."""
+        return self._door.address
+
+    @property
+    def pages(self) -> Address | None:
+        """Where metrics and health are."""
+        return None if self._pages is None else self._pages.address
+
+    @property
+    def installed(self) -> bool:
+        """Whether the database has a secret for it."""
+        return self._secret is not None
+
+    def ready(self) -> bool:
+        """Whether the database is followed and every index answers."""
+        copies = self._replica.followed()
+        return self._replica.connected and all(copy.serving() for copy in copies)
+
+    def close(self) -> None:
+        """Hang up on everybody and save the indexes."""
+        self._stopping.set()
+        self._leave.close()
+        self._pulse.join(5)
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _verifier(self) -> Verifier | None:
+        return None if self._secret is None else self._secret[1]
+
+    # --- the pulse
+
+    def _beat(self) -> None:
+        """Show that this process lives, by a connection of which Postgres sees when it moved."""
+        connection: Connection | None = None
+        asked = time.monotonic()
+        while not self._stopping.wait(_PULSE_SECONDS):
+            try:
+                if connection is None:
+                    connection = self._feel()
+                elif time.monotonic() - asked > _SECRET_SECONDS:
+                    asked = time.monotonic()
+                    self._read_secret(connection)
+                else:
+                    connection.execute("SELECT")
+            except Exception as error:
+                # The replica tells of lost connections; this thread must outlive everything.
+                if connection is not None:
+                    connection.close()
+                    connection = None
+                if not isinstance(error, EhubError | OSError):
+                    _log.debug("no pulse: %s", error)
+        if connection is not None:
+            connection.close()
+
+    def _feel(self) -> Connection:
+        connection = self._database.connect()
+        try:
+            with mapped():
+                connection.execute("SET application_name = 'ehub pulse'")
+                self._read_secret(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _read_secret(self, connection: Connection) -> None:
+        row = connection.execute("SELECT ehub.service_secret()").fetchone()
+        secret = None if row is None else row[0]
+        if secret is None:
+            self._secret = None
+        elif self._secret is None or self._secret[0] != secret:
+            self._secret = secret, Verifier(secret)
+
+
+def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:
+    """Return what the door needs for TLS.
+
+    Raises:
+        ConfigurationError: the files cannot be read or do not fit.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigurationError(f"the certificate {certificate} cannot be used: {error}") from None
+    return context

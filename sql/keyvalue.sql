@@ -1,0 +1,53 @@
+-- A row at a time, by its key.
+
+-- Store an embedding, in place of what was there; without metadata a known key keeps its own.
+CREATE OR REPLACE FUNCTION ehub.set(
+    space text, key text, embedding @vector@.vector, metadata jsonb DEFAULT NULL
+) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF $2 IS NULL OR $3 IS NULL THEN
+        RAISE EXCEPTION 'space %: a row has a key and an embedding', quote_literal($1)
+            USING ERRCODE = CASE WHEN $2 IS NULL THEN 'EH006' ELSE 'EH004' END;
+    END IF;
+    EXECUTE format(
+        'INSERT INTO spaces.%I (key, embedding, metadata) VALUES ($1, $2, coalesce($3, ''{}''))'
+        ' ON CONFLICT (key) DO UPDATE SET embedding = EXCLUDED.embedding%s',
+        (ehub.require_space($1)).space,
+        CASE WHEN $4 IS NOT NULL THEN ', metadata = EXCLUDED.metadata' ELSE '' END
+    ) USING $2, $3, $4;
+END $$;
+
+-- The embedding of a key.
+CREATE OR REPLACE FUNCTION ehub.get(space text, key text) RETURNS @vector@.vector
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    stored @vector@.vector;
+BEGIN
+    EXECUTE format('SELECT embedding FROM spaces.%I WHERE key = $1', (ehub.require_space($1)).space)
+        INTO stored USING $2;
+    IF stored IS NULL THEN
+        PERFORM ehub.refuse_key($1, $2);
+    END IF;
+    RETURN stored;
+END $$;
+
+-- Delete a key.
+CREATE OR REPLACE FUNCTION ehub.delete(space text, key text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    gone bigint;
+BEGIN
+    EXECUTE format('DELETE FROM spaces.%I WHERE key = $1', (ehub.require_space($1)).space) USING $2;
+    GET DIAGNOSTICS gone = ROW_COUNT;
+    IF gone = 0 THEN
+        PERFORM ehub.refuse_key($1, $2);
+    END IF;
+END $$;
+
+CREATE OR REPLACE FUNCTION ehub.refuse_key(space text, key text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'space % has no key %', quote_literal(space),
+        coalesce(quote_literal(left(key, 60)), 'NULL') USING ERRCODE = 'EH008';
+END $$;

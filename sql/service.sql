@@ -1,0 +1,300 @@
+-- The index service: where it is, which incarnation of the database it follows, what it proposes.
+
+-- Names one life of this database: a crash, a promotion, a restart or a copy is another one. After
+-- the first two, transaction ids are used again and a watermark of before says nothing; an UNLOGGED
+-- table is emptied by both. NULL while no service has come.
+CREATE OR REPLACE FUNCTION ehub.incarnation() RETURNS uuid
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT i.token FROM ehub.incarnation AS i
+        WHERE i.started_at = pg_postmaster_start_time()
+            AND i.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+    );
+END $$;
+
+-- Begin to serve this incarnation, and return its name. Whoever asks has forgotten what it knew
+-- through earlier connections.
+CREATE OR REPLACE FUNCTION ehub.enter_incarnation() RETURNS uuid
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(1701344610, 4);
+    IF ehub.incarnation() IS NULL THEN
+        DELETE FROM ehub.incarnation;
+        INSERT INTO ehub.incarnation (token, started_at, database)
+        SELECT gen_random_uuid(), pg_postmaster_start_time(), d.oid
+        FROM pg_database AS d WHERE d.datname = current_database();
+    END IF;
+    RETURN ehub.incarnation();
+END $$;
+
+-- Tell the database where its index service is; the secret between the two is made here, and kept
+-- when only the address changes. For the owner of schema ehub; needs extension dblink, or the right
+-- to create it.
+--
+-- dblink has a schema of its own, on which nobody else has USAGE: the connection to the service
+-- belongs to a session, and any role in it could use it otherwise.
+CREATE OR REPLACE FUNCTION ehub.install_service(
+    host text, port int, sslmode text DEFAULT 'disable', sslrootcert text DEFAULT NULL
+) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    owner name := (
+        SELECT pg_get_userbyid(n.nspowner) FROM pg_namespace AS n WHERE n.nspname = 'ehub'
+    );
+    place text := (
+        SELECT n.nspname FROM pg_extension AS e JOIN pg_namespace AS n ON n.oid = e.extnamespace
+        WHERE e.extname = 'dblink'
+    );
+    secret text := ehub.service_secret();
+    options text;
+BEGIN
+    IF NOT pg_has_role(owner, 'USAGE') THEN
+        RAISE EXCEPTION 'only %, the owner of schema ehub, can install a service', owner
+            USING ERRCODE = 'insufficient_privilege';
+    ELSIF port IS NULL OR port NOT BETWEEN 1 AND 65535 OR coalesce(host, '') = '' THEN
+        RAISE EXCEPTION 'a service has a host and a port from 1 to 65535, not % and %',
+            coalesce(quote_literal(host), 'NULL'), coalesce(port::text, 'NULL')
+            USING ERRCODE = 'EH005';
+    ELSIF place IS NULL THEN
+        IF NOT EXISTS (SELECT FROM pg_available_extensions AS e WHERE e.name = 'dblink') THEN
+            RAISE EXCEPTION 'this server has no extension dblink: searches in SQL stay exact'
+                USING ERRCODE = 'EH010', HINT = 'it is part of postgresql-contrib';
+        END IF;
+        CREATE SCHEMA IF NOT EXISTS ehub_dblink;
+        CREATE EXTENSION dblink SCHEMA ehub_dblink;
+    ELSIF place <> 'ehub_dblink' THEN
+        RAISE EXCEPTION 'dblink is in schema %, where others could use the service''s connection',
+            quote_ident(place) USING ERRCODE = 'EH010',
+            HINT = 'CREATE SCHEMA ehub_dblink; ALTER EXTENSION dblink SET SCHEMA ehub_dblink';
+    END IF;
+    IF has_schema_privilege('public', 'ehub_dblink', 'USAGE') THEN
+        RAISE EXCEPTION 'everybody could use the service''s connection'
+            USING ERRCODE = 'EH010', HINT = 'REVOKE ALL ON SCHEMA ehub_dblink FROM PUBLIC';
+    END IF;
+
+    options := format(
+        'host %L, port %L, dbname %L, sslmode %L, connect_timeout %L, keepalives_idle %L,'
+        ' keepalives_interval %L, keepalives_count %L, tcp_user_timeout %L',
+        host, port, 'ehub', sslmode, 3, 5, 2, 2, 5000
+    );
+    IF sslrootcert IS NOT NULL THEN
+        options := options || format(', sslrootcert %L', sslrootcert);
+    END IF;
+    IF current_setting('server_version_num')::int >= 160000 THEN
+        -- Who does not know the secret does not learn it by asking for it.
+        options := options || format(', require_auth %L', 'scram-sha-256');
+    END IF;
+    DROP SERVER IF EXISTS ehub_service CASCADE;
+    EXECUTE format(
+        'CREATE SERVER ehub_service FOREIGN DATA WRAPPER dblink_fdw OPTIONS (%s)', options
+    );
+    EXECUTE format(
+        'CREATE USER MAPPING FOR %I SERVER ehub_service OPTIONS (user %L, password %L)',
+        owner, 'ehub',
+        coalesce(secret, replace(gen_random_uuid()::text || gen_random_uuid(), '-', ''))
+    );
+    EXECUTE format('GRANT USAGE ON SCHEMA ehub_dblink TO %I', owner);
+    EXECUTE format('GRANT USAGE ON FOREIGN SERVER ehub_service TO %I', owner);
+END $$;
+
+-- Forget the service and what install_service made: searches in SQL are exact from then on.
+CREATE OR REPLACE FUNCTION ehub.uninstall_service() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    DROP SERVER IF EXISTS ehub_service CASCADE;
+    DROP SCHEMA IF EXISTS ehub_dblink CASCADE;
+    DELETE FROM ehub.incarnation;
+END $$;
+
+-- The secret between database and service, for the owner (and superusers) alone; NULL where no
+-- service is installed.
+CREATE OR REPLACE FUNCTION ehub.service_secret() RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT o.option_value
+    FROM pg_user_mappings AS m, pg_options_to_table(m.umoptions) AS o
+    WHERE m.srvname = 'ehub_service' AND o.option_name = 'password'
+$$;
+
+-- Why no service can be asked, NULL if one can. A service shows that it lives by a connection that
+-- does something twice a second; to find out by connecting takes unbounded time, if it is hung.
+CREATE OR REPLACE FUNCTION ehub.service_missing() RETURNS text
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    alive boolean;
+BEGIN
+    IF pg_is_in_recovery() THEN
+        RETURN 'this is a standby';
+    ELSIF NOT EXISTS (SELECT FROM pg_foreign_server AS s WHERE s.srvname = 'ehub_service') THEN
+        IF NOT EXISTS (SELECT FROM pg_available_extensions AS e WHERE e.name = 'dblink') THEN
+            RETURN 'this server has no extension dblink';
+        END IF;
+        RETURN 'no index service is installed';
+    ELSIF ehub.incarnation() IS NULL THEN
+        RETURN 'the index service has not come since the database was started';
+    END IF;
+    SELECT bool_or(coalesce(a.state_change > clock_timestamp() - interval '2 s', true)) INTO alive
+    FROM pg_stat_activity AS a
+    WHERE a.application_name = 'ehub pulse' AND a.datname = current_database();
+    RETURN CASE
+        WHEN alive IS NULL THEN 'the index service is not connected'
+        WHEN NOT alive THEN 'the index service does not move'
+    END;
+END $$;
+
+-- Ask the service for the `k` nearest of each of `n` queries, given as the hexadecimal form of what
+-- vector_send writes, one after the other.
+--
+-- Returns the candidates, one query's after the other's, how many each has, and the watermark as of
+-- which they are right; or the reason why there are none. Takes bounded time: the answer is waited
+-- for with a deadline, and a service that failed is left alone for a while, longer each time.
+--
+-- The answer is polled for, because dblink waits without a deadline. Between polls there is sleep,
+-- which takes a millisecond at least; so there is none around the time that searches have lately
+-- taken.
+CREATE OR REPLACE FUNCTION ehub.candidates(
+    caller ehub.caller,
+    index_id bigint,
+    n int,
+    k int,
+    queries text,
+    OUT reason text,
+    OUT watermark pg_snapshot,
+    OUT counts int[],
+    OUT keys text[]
+)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+SET client_min_messages = error AS $$
+DECLARE
+    -- Until when the service is left alone, in seconds since 1970, and how often it has failed.
+    breaker float8[] := nullif(current_setting('ehub.breaker', true), '');
+    -- How long a search has lately taken, in milliseconds.
+    pace float8 := coalesce(nullif(current_setting('ehub.pace', true), ''), '1');
+    patience float8 := ehub.whole_setting('ehub.service_timeout', 1000) + 20 * n;
+    started timestamptz := clock_timestamp();
+    nonce text := date_part('epoch', started);
+    life uuid;
+    statement text;
+    sent timestamptz;
+    waited float8;
+    answer record;
+    detail text;
+BEGIN
+    IF breaker[1] > date_part('epoch', started) THEN
+        reason := 'the service failed a moment ago';
+        RETURN;
+    ELSIF pg_is_in_recovery() THEN
+        reason := 'this is a standby';
+        RETURN;
+    END IF;
+    life := ehub.incarnation();
+    IF life IS NULL THEN
+        reason := ehub.service_missing();
+        RETURN;
+    END IF;
+    SELECT format(
+        'CANDIDATES %s %s %s %s %s %s %s',
+        nonce, life, i.id, n, k, ehub.whole_setting('ehub.ef_search', 0), queries
+    ) INTO statement
+    FROM ehub.index AS i WHERE i.id = index_id AND ehub.sees_all_rows(caller, i.version_id);
+    IF NOT FOUND THEN
+        reason := 'not every row may be read';
+        RETURN;
+    END IF;
+
+    FOR attempt IN 1 .. 2 LOOP
+        BEGIN
+            reason := NULL;
+            IF attempt = 2 THEN
+                reason := ehub.service_missing();
+                EXIT WHEN reason IS NOT NULL;
+                PERFORM ehub_dblink.dblink_connect('ehub', 'ehub_service');
+            END IF;
+            sent := clock_timestamp();
+            IF ehub_dblink.dblink_send_query('ehub', statement) <> 1 THEN
+                RAISE EXCEPTION 'the connection is in use';
+            END IF;
+            FOR part IN 1 .. 2 LOOP
+                WHILE ehub_dblink.dblink_is_busy('ehub') = 1 LOOP
+                    waited := 1000 * date_part('epoch', clock_timestamp() - sent);
+                    IF waited > patience THEN
+                        reason := format('no answer in %s ms', round(patience));
+                        EXIT;
+                    ELSIF abs(pace - waited) > 0.5 THEN
+                        PERFORM pg_sleep(0.001);
+                    END IF;
+                END LOOP;
+                EXIT WHEN reason IS NOT NULL;
+                IF part = 1 THEN
+                    SELECT * INTO STRICT answer FROM ehub_dblink.dblink_get_result('ehub') AS t (
+                        nonce text, reason text, micros int, watermark pg_snapshot, counts int[],
+                        keys text[]
+                    );
+                ELSE
+                    -- The end of the answer.
+                    PERFORM FROM ehub_dblink.dblink_get_result('ehub') AS t (nothing text);
+                END IF;
+            END LOOP;
+            IF reason IS NULL THEN
+                IF answer.nonce IS DISTINCT FROM nonce THEN
+                    RAISE EXCEPTION 'the answer to another question';
+                ELSIF answer.reason IS NULL AND (
+                    answer.watermark IS NULL
+                    OR cardinality(answer.counts) IS DISTINCT FROM n
+                    OR (SELECT sum(c) FROM unnest(answer.counts) AS c)
+                        IS DISTINCT FROM cardinality(answer.keys)
+                ) THEN
+                    RAISE EXCEPTION 'an answer that does not fit together';
+                END IF;
+            END IF;
+        EXCEPTION WHEN OTHERS THEN
+            -- Also where this session has no connection yet: the second attempt makes one.
+            GET STACKED DIAGNOSTICS detail = PG_EXCEPTION_DETAIL;
+            reason := concat_ws(': ', SQLERRM, nullif(detail, ''));
+        END;
+        IF reason IS NULL THEN
+            IF breaker IS NOT NULL THEN
+                RAISE LOG 'ehub: the index service answers again';
+                PERFORM set_config('ehub.breaker', '', false);
+            END IF;
+            reason := answer.reason;
+            IF reason IS NULL THEN
+                watermark := answer.watermark;
+                counts := answer.counts;
+                keys := answer.keys;
+                PERFORM set_config(
+                    'ehub.pace', (0.75 * pace + 0.25 * (0.1 + answer.micros / 1000.0))::text, false
+                );
+            END IF;
+            RETURN;
+        END IF;
+        BEGIN
+            PERFORM ehub_dblink.dblink_disconnect('ehub');
+        EXCEPTION WHEN OTHERS THEN
+            NULL;
+        END;
+        EXIT WHEN waited > patience;
+    END LOOP;
+
+    breaker := ARRAY[
+        date_part('epoch', clock_timestamp()) + least(0.5 * 2 ^ coalesce(breaker[2], 0), 15),
+        least(coalesce(breaker[2], 0) + 1, 10)
+    ];
+    PERFORM set_config('ehub.breaker', breaker::text, false);
+    IF breaker[2] = 1 THEN
+        RAISE LOG 'ehub: searches are exact, the index service cannot be asked: %', reason;
+    END IF;
+END $$;
+
+-- A setting of the session, role or database that is a whole number.
+CREATE OR REPLACE FUNCTION ehub.whole_setting(setting text, otherwise int) RETURNS int
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    chosen text := nullif(current_setting(setting, true), '');
+BEGIN
+    IF chosen !~ '^[0-9]{1,6}$' THEN
+        RAISE EXCEPTION '% is a whole number from 0 to 999999, not %', setting,
+            quote_literal(chosen) USING ERRCODE = 'EH005';
+    END IF;
+    RETURN coalesce(chosen::int, otherwise);
+END $$;
