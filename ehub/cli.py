@@ -43,6 +43,7 @@ from ehub.hub import open_database
 from ehub.migrate import migrate as migrate_database
 from ehub.service import Service
 from ehub.service.run import tls_context
+from ehub.service.watchdog import Watchdog, supervise
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -330,11 +331,14 @@ def serve(
         tls = tls_context(str(tls_cert), None if tls_key is None else str(tls_key))
     door = config.Address.parse(listen, _PORT)
     page = None if pages == "none" else config.Address.parse(pages, _PAGES_PORT)
+    _use_huge_pages()
+    supervise()
+    watchdog = Watchdog()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with contextlib.closing(open_database(url, data)) as database:
-        with Service(database, door, page, tls) as service:
+        with Service(database, door, page, tls, watchdog) as service:
             where = database.target.describe()
             _log.info("listening on %s for %s", service.address, where)
             if not service.installed:
@@ -345,6 +349,8 @@ def serve(
                     _out.print(f"ready: {service.address}, pages at {service.pages or 'no port'}")
                     stop.wait()
             _log.info("stopping: saving the indexes")
+            # Which may take as long as it takes.
+            watchdog.close()
 
 
 @app.command("install-service")
@@ -371,6 +377,17 @@ def install_service(
             [place.host, place.port, sslmode or "disable", sslrootcert],
         )
         _out.print(f"{database.target.describe()} asks the index service at {place}")
+
+
+def _use_huge_pages() -> None:
+    """Start over with large allocations in huge pages: searches are some 15 % faster for it.
+
+    A graph is read all over, and with small pages the processor looks for most of them anew. glibc
+    must be told before it allocates anything.
+    """
+    if sys.platform.startswith("linux") and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 def _log_as(format: str) -> None:  # noqa: A002 - the word for it

@@ -164,6 +164,7 @@ class Incarnation(Base):
     token: Mapped[uuid.UUID] = mapped_column(primary_key=True)
     started_at: Mapped[datetime.datetime]
     database: Mapped[int] = mapped_column(OID)
+    prompt: Mapped[bool]
 
 
 class Setting(Base):

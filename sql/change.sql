@@ -61,14 +61,16 @@ END $$;
 -- xmin instead, one long transaction would make every read long.
 CREATE OR REPLACE FUNCTION ehub.changes(version bigint, watermark pg_snapshot)
 RETURNS TABLE (keys text[])
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT c.keys FROM ehub.change AS c
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY SELECT c.keys FROM ehub.change AS c
     WHERE c.version_id = version
         AND (
             c.xid >= pg_snapshot_xmax(watermark)
             OR c.xid = ANY (ARRAY(SELECT pg_snapshot_xip(watermark)))
-        )
-$$;
+        );
+END $$;
 
 -- Below this transaction the log is gone.
 CREATE OR REPLACE FUNCTION ehub.trimmed_below() RETURNS xid8

@@ -97,15 +97,12 @@ BEGIN
     THEN
         RETURN NULL;
     END IF;
-    IF ehub.trimmed_below() > pg_snapshot_xmin(watermark) THEN
-        RETURN NULL;
-    END IF;
     SELECT bool_or(c.keys IS NULL), array_agg(key) INTO whole, delta
     FROM ehub.changes(version_id, watermark) AS c LEFT JOIN unnest(c.keys) AS key ON true;
-    IF whole IS NULL THEN
-        RETURN candidates;
-    ELSIF whole THEN
+    IF whole OR ehub.trimmed_below() > pg_snapshot_xmin(watermark) THEN
         RETURN NULL;
+    ELSIF delta IS NULL THEN
+        RETURN candidates;
     END IF;
     -- Reading that many rows by their keys takes as long as reading all of them in a row.
     IF cardinality(delta) > 1000 AND cardinality(delta) > (

@@ -1,31 +1,50 @@
 -- The index service: where it is, which incarnation of the database it follows, what it proposes.
 
--- Names one life of this database: a crash, a promotion, a restart or a copy is another one. After
--- the first two, transaction ids are used again and a watermark of before says nothing; an UNLOGGED
+-- This life of the database: a crash, a promotion, a restart or a copy is another one. After the
+-- first two, transaction ids are used again and a watermark of before says nothing; an UNLOGGED
 -- table is emptied by both. NULL while no service has come.
-CREATE OR REPLACE FUNCTION ehub.incarnation() RETURNS uuid
+CREATE OR REPLACE FUNCTION ehub.incarnation() RETURNS ehub.incarnation
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    this ehub.incarnation;
 BEGIN
-    RETURN (
-        SELECT i.token FROM ehub.incarnation AS i
-        WHERE i.started_at = pg_postmaster_start_time()
-            AND i.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-    );
+    SELECT * INTO this FROM ehub.incarnation AS i
+    WHERE i.started_at = pg_postmaster_start_time()
+        AND i.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database());
+    RETURN this;
 END $$;
 
--- Begin to serve this incarnation, and return its name. Whoever asks has forgotten what it knew
--- through earlier connections.
+-- Begin to serve this life of the database, and return its name. Whoever asks has forgotten what it
+-- knew through earlier connections.
 CREATE OR REPLACE FUNCTION ehub.enter_incarnation() RETURNS uuid
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM pg_advisory_xact_lock(1701344610, 4);
-    IF ehub.incarnation() IS NULL THEN
+    IF (ehub.incarnation()).token IS NULL THEN
         DELETE FROM ehub.incarnation;
-        INSERT INTO ehub.incarnation (token, started_at, database)
-        SELECT gen_random_uuid(), pg_postmaster_start_time(), d.oid
+        INSERT INTO ehub.incarnation (token, started_at, database, prompt)
+        SELECT gen_random_uuid(), pg_postmaster_start_time(), d.oid, false
         FROM pg_database AS d WHERE d.datname = current_database();
     END IF;
-    RETURN ehub.incarnation();
+    RETURN (ehub.incarnation()).token;
+END $$;
+
+-- Say whether the service ends whatever it is asked, because it is killed when it hangs: then its
+-- answers can be waited for without a deadline. That is true only of a service on this machine, at
+-- the very address that it listens on: what lies between could hang as well. Before PostgreSQL 17
+-- such a wait could not be cancelled.
+CREATE OR REPLACE FUNCTION ehub.promise_answers(watched boolean, host text, port int) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    promised boolean := watched
+        AND current_setting('server_version_num')::int >= 170000
+        AND coalesce(inet_client_addr() = inet_server_addr(), true)
+        AND EXISTS (
+            SELECT FROM pg_foreign_server AS s WHERE s.srvname = 'ehub_service'
+                AND s.srvoptions @> ARRAY['host=' || host, 'port=' || port]
+        );
+BEGIN
+    UPDATE ehub.incarnation AS i SET prompt = promised WHERE i.prompt <> promised;
 END $$;
 
 -- Tell the database where its index service is; the secret between the two is made here, and kept
@@ -130,7 +149,7 @@ BEGIN
             RETURN 'this server has no extension dblink';
         END IF;
         RETURN 'no index service is installed';
-    ELSIF ehub.incarnation() IS NULL THEN
+    ELSIF (ehub.incarnation()).token IS NULL THEN
         RETURN 'the index service has not come since the database was started';
     END IF;
     SELECT bool_or(coalesce(a.state_change > clock_timestamp() - interval '2 s', true)) INTO alive
@@ -146,12 +165,11 @@ END $$;
 -- vector_send writes, one after the other.
 --
 -- Returns the candidates, one query's after the other's, how many each has, and the watermark as of
--- which they are right; or the reason why there are none. Takes bounded time: the answer is waited
--- for with a deadline, and a service that failed is left alone for a while, longer each time.
+-- which they are right; or the reason why there are none. Takes bounded time, and a service that
+-- failed is left alone for a while, longer each time.
 --
--- The answer is polled for, because dblink waits without a deadline. Between polls there is sleep,
--- which takes a millisecond at least; so there is none around the time that searches have lately
--- taken.
+-- dblink waits without a deadline. Where the service does not promise to keep one, the answer is
+-- polled for: for a moment without rest, then once a millisecond, for there is no shorter sleep.
 CREATE OR REPLACE FUNCTION ehub.candidates(
     caller ehub.caller,
     index_id bigint,
@@ -168,19 +186,16 @@ SET client_min_messages = error AS $$
 DECLARE
     -- Until when the service is left alone, in seconds since 1970, and how often it has failed.
     breaker float8[] := nullif(current_setting('ehub.breaker', true), '');
-    -- How long a search has lately taken, in milliseconds.
-    pace float8 := coalesce(nullif(current_setting('ehub.pace', true), ''), '1');
     patience float8 := ehub.whole_setting('ehub.service_timeout', 1000) + 20 * n;
-    started timestamptz := clock_timestamp();
-    nonce text := date_part('epoch', started);
-    life uuid;
+    sent timestamptz := clock_timestamp();
+    nonce text := date_part('epoch', sent);
+    life ehub.incarnation;
     statement text;
-    sent timestamptz;
     waited float8;
     answer record;
     detail text;
 BEGIN
-    IF breaker[1] > date_part('epoch', started) THEN
+    IF breaker[1] > date_part('epoch', sent) THEN
         reason := 'the service failed a moment ago';
         RETURN;
     ELSIF pg_is_in_recovery() THEN
@@ -188,13 +203,13 @@ BEGIN
         RETURN;
     END IF;
     life := ehub.incarnation();
-    IF life IS NULL THEN
+    IF life.token IS NULL THEN
         reason := ehub.service_missing();
         RETURN;
     END IF;
     SELECT format(
         'CANDIDATES %s %s %s %s %s %s %s',
-        nonce, life, i.id, n, k, ehub.whole_setting('ehub.ef_search', 0), queries
+        nonce, life.token, i.id, n, k, ehub.whole_setting('ehub.ef_search', 0), queries
     ) INTO statement
     FROM ehub.index AS i WHERE i.id = index_id AND ehub.sees_all_rows(caller, i.version_id);
     IF NOT FOUND THEN
@@ -215,20 +230,19 @@ BEGIN
                 RAISE EXCEPTION 'the connection is in use';
             END IF;
             FOR part IN 1 .. 2 LOOP
-                WHILE ehub_dblink.dblink_is_busy('ehub') = 1 LOOP
+                WHILE NOT life.prompt AND ehub_dblink.dblink_is_busy('ehub') = 1 LOOP
                     waited := 1000 * date_part('epoch', clock_timestamp() - sent);
                     IF waited > patience THEN
                         reason := format('no answer in %s ms', round(patience));
                         EXIT;
-                    ELSIF abs(pace - waited) > 0.5 THEN
+                    ELSIF waited > 0.3 THEN
                         PERFORM pg_sleep(0.001);
                     END IF;
                 END LOOP;
                 EXIT WHEN reason IS NOT NULL;
                 IF part = 1 THEN
                     SELECT * INTO STRICT answer FROM ehub_dblink.dblink_get_result('ehub') AS t (
-                        nonce text, reason text, micros int, watermark pg_snapshot, counts int[],
-                        keys text[]
+                        nonce text, reason text, watermark pg_snapshot, counts int[], keys text[]
                     );
                 ELSE
                     -- The end of the answer.
@@ -262,9 +276,6 @@ BEGIN
                 watermark := answer.watermark;
                 counts := answer.counts;
                 keys := answer.keys;
-                PERFORM set_config(
-                    'ehub.pace', (0.75 * pace + 0.25 * (0.1 + answer.micros / 1000.0))::text, false
-                );
             END IF;
             RETURN;
         END IF;

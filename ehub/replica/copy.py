@@ -121,6 +121,8 @@ class Shared:
     incarnation: str | None = None
     # What its copies say in front of their place.
     title: str = ""
+    # Around what lets no other thread run for long.
+    long_work: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
     def stamp(self, watermark: Watermark) -> Stamp:
         """Return what the rows of an index equal that was brought to this watermark."""
@@ -451,7 +453,8 @@ class Copy:
             manifest = store.manifest()
             index = None
             if manifest is not None and manifest.build == entry.build_parameters():
-                index = store.load(manifest)
+                with self._shared.long_work():
+                    index = store.load(manifest)
         except IndexFileError as error:
             _log.warning("space %r: %s; building the index anew", entry.space, error)
             manifest = index = None

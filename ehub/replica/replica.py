@@ -19,6 +19,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 
 from psycopg import errors as pg
 
@@ -53,12 +54,18 @@ class Replica:
         database: what to follow.
         service: what to be called by a service, whose answers name the life of the database that
             they are of; None where searches are answered in this process alone.
+        long_work: made around what lets no other thread run for long, as reading a large file.
     """
 
-    def __init__(self, database: Database, service: str | None = None) -> None:
+    def __init__(
+        self,
+        database: Database,
+        service: str | None = None,
+        long_work: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._database = database
         self._listener = Listener(database)
-        self._shared = Shared(database, self._listener.interrupt)
+        self._shared = Shared(database, self._listener.interrupt, long_work=long_work)
         self._service = service
         if service is not None:
             self._shared.title = f"{service}, "

@@ -18,7 +18,6 @@ _INT4, _BOOL, _INT4_ARRAY, _SNAPSHOT, _TEXT_ARRAY, _INT8 = 23, 16, 1007, 5038, 1
 _COLUMNS = (
     Column("nonce"),
     Column("reason"),
-    Column("micros", _INT4),
     Column("watermark", _SNAPSHOT),
     Column("counts", _INT4_ARRAY),
     Column("keys", _TEXT_ARRAY),
@@ -103,10 +102,8 @@ class Answers:
     def _candidates(self, asked: _Question) -> Answer:
         started = time.perf_counter()
         reason, watermark, counts, keys = self._propose(asked)
-        seconds = time.perf_counter() - started
-        self._metrics.answered(asked.n, seconds, reason)
-        micros = str(round(seconds * 1e6))
-        return Answer(_COLUMNS, [[asked.nonce, reason, micros, watermark, counts, keys]])
+        self._metrics.answered(asked.n, time.perf_counter() - started, reason)
+        return Answer(_COLUMNS, [[asked.nonce, reason, watermark, counts, keys]])
 
     def _propose(self, asked: _Question) -> tuple[str | None, str | None, str | None, str | None]:
         copy = self._copy(asked.index_id)

@@ -8,6 +8,7 @@ import ssl
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from ehub.config import Address
@@ -17,6 +18,7 @@ from ehub.replica import Replica
 from ehub.service.candidates import Answers
 from ehub.service.metrics import Metrics, Pages
 from ehub.service.pgwire import Door, Verifier
+from ehub.service.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class Service:
         listen: where Postgres finds it.
         pages: where metrics and health are, None for nowhere.
         tls: with a certificate, for connections that ask for it.
+        watchdog: kills this process when it hangs. With it Postgres may wait for answers without a
+            deadline of its own, where nothing else lies between the two.
 
     Raises:
         ConfigurationError: it cannot listen there.
@@ -47,12 +51,16 @@ class Service:
         listen: Address,
         pages: Address | None = None,
         tls: ssl.SSLContext | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self._database = database
+        self._watchdog = watchdog
+        self._loading = 0
+        self._mutex = threading.Lock()
         self._stopping = threading.Event()
         self._secret: tuple[str, Verifier] | None = None
         sys.setswitchinterval(_SWITCH_SECONDS)
-        self._replica = Replica(database, f"service at {listen}")
+        self._replica = Replica(database, f"service at {listen}", self._long_work)
         metrics = Metrics(self._replica, lambda: self._door.connections)
         with contextlib.ExitStack() as stack:
             self._door = Door(listen, self._verifier, Answers(self._replica, metrics), tls)
@@ -111,6 +119,23 @@ class Service:
     def _verifier(self) -> Verifier | None:
         return None if self._secret is None else self._secret[1]
 
+    @contextlib.contextmanager
+    def _long_work(self) -> Iterator[None]:
+        """Tell everybody who waits for this process that it does not answer for a while."""
+        with self._mutex:
+            self._loading += 1
+        if self._watchdog is not None:
+            self._watchdog.begin_long_work()
+        try:
+            with contextlib.suppress(EhubError), self._database.connection() as connection:
+                self._promise(connection)
+            yield
+        finally:
+            if self._watchdog is not None:
+                self._watchdog.end_long_work()
+            with self._mutex:
+                self._loading -= 1
+
     # --- the pulse
 
     def _beat(self) -> None:
@@ -124,6 +149,7 @@ class Service:
                 elif time.monotonic() - asked > _SECRET_SECONDS:
                     asked = time.monotonic()
                     self._read_secret(connection)
+                    self._promise(connection)
                 else:
                     connection.execute("SELECT")
             except Exception as error:
@@ -142,10 +168,19 @@ class Service:
             with mapped():
                 connection.execute("SET application_name = 'ehub pulse'")
                 self._read_secret(connection)
+                self._promise(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _promise(self, connection: Connection) -> None:
+        """Tell the database whether this process ends, one way or another, what it is asked."""
+        watched = self._watchdog is not None and self._watchdog.armed and not self._loading
+        connection.execute(
+            "SELECT ehub.promise_answers(%s, %s, %s::int)",
+            [watched, self.address.host, self.address.port],
+        )
 
     def _read_secret(self, connection: Connection) -> None:
         row = connection.execute("SELECT ehub.service_secret()").fetchone()

@@ -14,6 +14,7 @@ def upgrade() -> None:
         sa.Column("token", sa.Uuid, nullable=False),
         sa.Column("started_at", pg.TIMESTAMP(timezone=True), nullable=False),
         sa.Column("database", pg.OID, nullable=False),
+        sa.Column("prompt", sa.Boolean, nullable=False),
         sa.PrimaryKeyConstraint("token", name="incarnation_pkey"),
         schema="ehub",
         # A crash and a promotion empty it: that is what it is for.
