@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
 
-.PHONY: demo test lint types check bench setup clean
+.PHONY: demo test lint types check bench soak setup clean
 
 setup: .venv/installed
 
@@ -31,6 +31,9 @@ check: lint types test
 
 bench: setup  ## side by side with raw hnswlib; needs FILE=glove.txt
 	$(BIN)/python tests/bench/bench.py $(FILE)
+
+soak: setup  ## writers and searchers beside a service that is restarted; EHUB_TEST_DATABASE_URL
+	$(BIN)/python tests/bench/soak.py --minutes $(or $(MINUTES),20)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist

@@ -445,7 +445,8 @@ class Space:
         with self._database.connection(self._name) as connection:
             oid = connection.execute(
                 "SELECT atttypid FROM pg_attribute"
-                " WHERE attrelid = to_regclass(format('spaces.%%I', %s)) AND attname = 'embedding'",
+                " WHERE attrelid = to_regclass(format('spaces.%%I', %s::text))"
+                " AND attname = 'embedding'",
                 [self._name],
             ).fetchone()
             vectors = VectorsParameter(queries, oid[0] if oid else 0)

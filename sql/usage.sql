@@ -13,6 +13,7 @@ GRANT EXECUTE ON FUNCTION
     ehub.distance_operator,
     ehub.get,
     ehub.index_missing,
+    ehub.lag,
     ehub.merge_staged,
     ehub.nearest,
     ehub.nearest_exact,

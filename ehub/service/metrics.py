@@ -37,6 +37,11 @@ class Metrics:
         self._state = _State(replica, connections)
         self.registry.register(self._state)
 
+    @property
+    def counts(self) -> dict[str, float]:
+        """What was counted so far, by name."""
+        return self._state.counts
+
     def answered(self, queries: int, seconds: float, reason: str | None) -> None:
         """Count an answer, which has a ``reason`` if it has no candidates."""
         # In every search's way, so nothing but sums; a lost addition in a million would not matter.

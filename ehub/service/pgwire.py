@@ -73,10 +73,15 @@ class Verifier:
 
     def __init__(self, secret: str) -> None:
         self.salt = secrets.token_bytes(16)
+        self._digest = _mac(self.salt, secret.encode())
         salted = hashlib.pbkdf2_hmac("sha256", secret.encode(), self.salt, _ITERATIONS)
         client_key = _mac(salted, b"Client Key")
         self._stored_key = hashlib.sha256(client_key).digest()
         self._server_key = _mac(salted, b"Server Key")
+
+    def is_of(self, secret: str) -> bool:
+        """Whether it was made of this secret."""
+        return hmac.compare_digest(self._digest, _mac(self.salt, secret.encode()))
 
     def check(self, exchange: bytes, proof: bytes) -> bytes | None:
         """Return the server's signature if the proof is right, else None."""

@@ -58,15 +58,15 @@ class Service:
         self._loading = 0
         self._mutex = threading.Lock()
         self._stopping = threading.Event()
-        self._secret: tuple[str, Verifier] | None = None
+        self._secret: Verifier | None = None
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._replica = Replica(database, f"service at {listen}", self._long_work)
-        metrics = Metrics(self._replica, lambda: self._door.connections)
+        self.metrics = Metrics(self._replica, lambda: self._door.connections)
         with contextlib.ExitStack() as stack:
-            self._door = Door(listen, self._verifier, Answers(self._replica, metrics), tls)
+            self._door = Door(listen, self._verifier, Answers(self._replica, self.metrics), tls)
             stack.callback(self._door.close)
             self._pages = (
-                None if pages is None else Pages(pages, metrics, self._replica, self.ready)
+                None if pages is None else Pages(pages, self.metrics, self._replica, self.ready)
             )
             if self._pages is not None:
                 stack.callback(self._pages.close)
@@ -117,7 +117,7 @@ class Service:
         self.close()
 
     def _verifier(self) -> Verifier | None:
-        return None if self._secret is None else self._secret[1]
+        return self._secret
 
     @contextlib.contextmanager
     def _long_work(self) -> Iterator[None]:
@@ -187,8 +187,8 @@ class Service:
         secret = None if row is None else row[0]
         if secret is None:
             self._secret = None
-        elif self._secret is None or self._secret[0] != secret:
-            self._secret = secret, Verifier(secret)
+        elif self._secret is None or not self._secret.is_of(secret):
+            self._secret = Verifier(secret)
 
 
 def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:

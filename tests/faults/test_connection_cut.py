@@ -1,77 +1,22 @@
-"""A proxy between client and server that cuts, stalls and refuses connections."""
+"""The database behind a proxy that cuts, stalls and refuses connections."""
 
 import contextlib
-import socket
 import threading
 import time
 
 import pytest
 from oracle import table
+from proxy import Proxy
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import ehub
 
 
-class Proxy:
-    """Forwards TCP connections to a server's socket until it is told otherwise."""
-
-    def __init__(self, url):
-        values = conninfo_to_dict(url)
-        self.host, self.port = values["host"], int(values.get("port", 5432))
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = make_conninfo(
-            url, host="127.0.0.1", port=self.listener.getsockname()[1], sslmode="disable"
-        )
-        self.open = True
-        self.stalled = threading.Event()
-        self.stalled.set()
-        self.pairs = []
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self):
-        while True:
-            try:
-                client, _ = self.listener.accept()
-            except OSError:
-                return
-            if not self.open:
-                client.close()
-                continue
-            if self.host.startswith("/"):
-                server = socket.socket(socket.AF_UNIX)
-                server.connect(f"{self.host}/.s.PGSQL.{self.port}")
-            else:
-                server = socket.create_connection((self.host, self.port))
-            self.pairs.append((client, server))
-            for source, target in ((client, server), (server, client)):
-                threading.Thread(target=self.forward, args=(source, target), daemon=True).start()
-
-    def forward(self, source, target):
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                self.stalled.wait()
-                target.sendall(data)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def cut(self):
-        for pair in self.pairs:
-            for end in pair:
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self.stalled.set()
-        self.listener.close()
-        for pair in self.pairs:
-            for end in pair:
-                end.close()
-
-
 @pytest.fixture
 def proxy(url):
-    proxy = Proxy(url)
+    values = conninfo_to_dict(url)
+    proxy = Proxy(values["host"], int(values.get("port", 5432)))
+    proxy.url = make_conninfo(url, host="127.0.0.1", port=proxy.port, sslmode="disable")
     yield proxy
     proxy.close()
 

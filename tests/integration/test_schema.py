@@ -119,20 +119,39 @@ def test_every_function_has_a_pinned_search_path(db):
     assert loose == []
 
 
-def test_only_the_log_trigger_runs_with_its_owners_rights(db):
+def test_few_functions_run_with_their_owners_rights(db):
     definers = db.execute(
-        "SELECT proname FROM pg_proc WHERE prosecdef AND pronamespace = 'ehub'::regnamespace"
+        "SELECT proname, 'ehub.caller'::regtype = ANY (proargtypes) FROM pg_proc"
+        " WHERE prosecdef AND pronamespace = 'ehub'::regnamespace ORDER BY proname"
     ).fetchall()
-    assert definers == [("log_change",)]
+    assert definers == [
+        # They know who calls.
+        ("candidates", True),
+        ("deciding_keys", True),
+        ("lag", True),
+        # They have nothing to tell that is not for everybody.
+        ("log_change", False),
+        ("service_missing", False),
+    ]
 
 
-def test_strangers_may_not_even_look(hub, db):
+def test_strangers_may_look_but_there_is_nothing_to_see(hub, db):
     hub.create_space("a", 3)
-    allowed = db.execute(
-        "SELECT nspname FROM pg_namespace WHERE nspname IN ('ehub', 'ehub_data', 'spaces')"
-        " AND EXISTS (SELECT FROM aclexplode(nspacl) WHERE grantee = 0)"
-    ).fetchall()
-    assert allowed == []
+    name = "ehub_test_stranger"
+    db.execute(f"CREATE ROLE {name}")
+    try:
+        db.execute(f"SET ROLE {name}")
+        tables = db.execute(
+            "SELECT c.relname FROM pg_class c WHERE c.relkind IN ('r', 'v', 'p')"
+            " AND c.relnamespace IN ('ehub'::regnamespace, 'ehub_data'::regnamespace,"
+            " 'spaces'::regnamespace) AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1"
+        ).fetchall()
+        assert tables == [("catalogue",), ("migration",), ("setting",), ("status",)]
+        assert db.execute("SELECT * FROM ehub.catalogue").fetchall() == []
+        assert db.execute("SELECT * FROM ehub.status").fetchall() == []
+    finally:
+        db.execute("RESET ROLE")
+        db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
 
 
 def test_reading_the_log_uses_its_index(hub, db):

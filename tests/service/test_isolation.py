@@ -1,0 +1,212 @@
+"""Who may not read a space learns nothing of it, by any door of the service."""
+
+import psycopg
+import pytest
+from psycopg import sql
+
+import ehub
+from service.conftest import settled
+from service.test_nearest import literal, nearest, vectors
+
+
+@pytest.fixture
+def space(url, data_dir, service, db):
+    with ehub.connect(url, data_dir=data_dir) as hub:
+        space = hub.create_space("secret", 8)
+        space.multiset([f"k{i}" for i in range(500)], vectors(500))
+        settled(db, "secret")
+        yield space
+
+
+@pytest.fixture
+def role(db, url):
+    """Make roles, and connections as them."""
+    made = []
+
+    def make(name):
+        name = f"ehub_{name}"
+        db.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+        connection = psycopg.connect(url, autocommit=True)
+        connection.execute(sql.SQL("SET SESSION AUTHORIZATION {}").format(sql.Identifier(name)))
+        made.append((name, connection))
+        return name, connection
+
+    yield make
+    for name, connection in made:
+        connection.close()
+        db.execute(sql.SQL("DROP OWNED BY {0}; DROP ROLE {0}").format(sql.Identifier(name)))
+
+
+def grant(db, name):
+    db.execute(
+        sql.SQL("GRANT SELECT ON spaces.secret, ehub_data.v1 TO {}").format(sql.Identifier(name))
+    )
+
+
+def test_a_stranger_learns_nothing(space, db, role):
+    _, stranger = role("stranger")
+    query = literal(vectors(1)[0])
+    unknown = {}
+    for name in ("secret", "nosuch"):
+        unknown[name] = []
+        for statement in (
+            "SELECT * FROM ehub.nearest(%s, %s, 3)",
+            "SELECT * FROM ehub.nearest_to(%s, 'k1', 3)",
+            "SELECT * FROM ehub.nearest_exact(%s, %s, 3)",
+            "SELECT * FROM ehub.nearest_exact_to(%s, 'k1', 3)",
+            "SELECT * FROM ehub.nearest_many(%s, ARRAY[%s]::vector[], 3)",
+            "SELECT ehub.get(%s, 'k1')",
+            "SELECT ehub.set(%s, 'k1', %s)",
+            "SELECT ehub.delete(%s, 'k1')",
+            "SELECT ehub.index_missing(%s, pg_current_snapshot())",
+            "SELECT ehub.require_space(%s)",
+            "SELECT ehub.merge_staged(%s)",
+        ):
+            parameters = [name, query][: statement.count("%s")]
+            with pytest.raises(psycopg.DatabaseError) as raised:
+                stranger.execute(statement, parameters)
+            unknown[name].append(str(raised.value).replace(name, "X"))
+    # The answer is the same for what is there and what is not.
+    assert unknown["secret"] == unknown["nosuch"]
+    assert stranger.execute("SELECT * FROM ehub.catalogue").fetchall() == []
+    assert stranger.execute("SELECT * FROM ehub.status").fetchall() == []
+
+
+def test_the_functions_below_check_for_themselves(space, db, role):
+    _, stranger = role("stranger")
+    me = "quote_ident(current_user)::regrole"
+    for index_id in (1, 99):
+        (answer,) = stranger.execute(
+            f"SELECT ehub.candidates({me}, %s::bigint, 1, 5, 'x')", [index_id]
+        ).fetchone()
+        assert "not every row may be read" in str(answer)
+    deciding = f"SELECT ehub.deciding_keys({me}, 1, '1:1:', '{{k1}}', 1, 1)"
+    assert stranger.execute(deciding).fetchone() == (None,)
+    (owner,) = db.execute("SELECT current_user").fetchone()
+    for forged in (f"'{owner}'::regrole", f"'{owner}'::regrole::ehub.caller", "10::oid::regrole"):
+        with pytest.raises(psycopg.errors.CheckViolation):
+            stranger.execute(f"SELECT ehub.candidates({forged}, 1::bigint, 1, 5, 'x')")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        stranger.execute("SELECT ehub_dblink.dblink_connect('ehub', 'host=127.0.0.1')")
+    for refused in (
+        "SELECT ehub.service_secret()",
+        "SELECT ehub.install_service('127.0.0.1', 1)",
+        "SELECT ehub.uninstall_service()",
+        "SELECT ehub.trim()",
+        "SELECT * FROM ehub.incarnation",
+        "SELECT * FROM ehub.change",
+        "SELECT * FROM ehub.replica",
+        "SELECT ehub.changes(1, '1:1:')",
+        "SELECT ehub.create_space('x', 3)",
+        "SELECT ehub.delete_space('secret')",
+    ):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            stranger.execute(refused)
+    seen = stranger.execute(
+        "SELECT umoptions FROM pg_user_mappings WHERE srvname = 'ehub_service'"
+    ).fetchall()
+    assert seen == [(None,)]
+
+
+def test_a_reader_uses_the_index_and_through_a_wrapper_too(space, db, role):
+    name, reader = role("reader")
+    grant(db, name)
+    reader.execute("SET ehub.mode = 'index'")
+    assert nearest(reader, vectors(1)[0], 1, "secret")[0].key == "k0"
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        reader.execute("SELECT ehub.set('secret', 'x', %s)", [literal(vectors(1)[0])])
+    # A function with the reader's rights, called by somebody who has none.
+    _, stranger = role("stranger")
+    db.execute("GRANT CREATE ON SCHEMA public TO ehub_reader")
+    reader.execute(
+        "CREATE FUNCTION public.search(q vector) RETURNS SETOF text LANGUAGE sql SECURITY DEFINER"
+        " AS $$ SELECT key FROM ehub.nearest('secret', q, 3) $$"
+    )
+    stranger.execute("SET ehub.mode = 'index'")
+    rows = stranger.execute("SELECT public.search(%s)", [literal(vectors(1)[0])]).fetchall()
+    assert rows[0] == ("k0",)
+    # And the other way round: a stranger's function in a reader's session.
+    db.execute("GRANT CREATE ON SCHEMA public TO ehub_stranger")
+    stranger.execute(
+        "CREATE FUNCTION public.steal() RETURNS text LANGUAGE sql SECURITY DEFINER AS $$"
+        " SELECT (ehub.candidates(quote_ident(current_user)::regrole, 1, 1, 5, 'x'))::text $$"
+    )
+    assert "not every row" in reader.execute("SELECT public.steal()").fetchone()[0]
+
+
+def test_a_row_policy_is_obeyed_and_searches_are_complete(space, db, role):
+    name, reader = role("tenant")
+    grant(db, name)
+    db.execute("UPDATE spaces.secret SET metadata = '{\"tenant\": 1}' WHERE key IN ('k5', 'k400')")
+    db.execute("ALTER TABLE ehub_data.v1 ENABLE ROW LEVEL SECURITY")
+    db.execute("CREATE POLICY mine ON ehub_data.v1 USING (metadata @> '{\"tenant\": 1}')")
+    found = nearest(reader, vectors(1)[0], 10, "secret")
+    assert sorted(n.key for n in found) == ["k400", "k5"]
+    (answer,) = reader.execute(
+        "SELECT ehub.candidates(quote_ident(current_user)::regrole, 1::bigint, 1, 5, 'x')"
+    ).fetchone()
+    assert "not every row may be read" in str(answer)
+    assert reader.execute("SELECT rows FROM ehub.status").fetchone() == (2,)
+    assert len(nearest(db, vectors(1)[0], 10, "secret")) == 10
+
+
+def test_the_port_lets_nobody_in_without_the_secret(space, db, service):
+    place = f"host=127.0.0.1 port={service.address.port} dbname=x sslmode=disable"
+    for who in ("user=ehub", "user=ehub password=guess", "user=postgres password=x"):
+        with pytest.raises(psycopg.OperationalError):
+            psycopg.connect(f"{place} {who}")
+    (secret,) = db.execute("SELECT ehub.service_secret()").fetchone()
+    assert len(secret) == 64
+    assert secret not in repr(vars(service))
+
+
+def test_text_arguments_stay_text(space, db):
+    evil = "s'; DROP TABLE ehub_data.v1; --"
+    for statement, parameters in (
+        ("SELECT * FROM ehub.nearest(%s, '[1]', 1)", [evil]),
+        ("SELECT * FROM ehub.nearest_to('secret', %s, 1)", [evil]),
+        ("SELECT * FROM ehub.nearest_to(%s, 'k1', 1)", ['secret"; DROP TABLE ehub_data.v1; --']),
+        ("SELECT ehub.get('secret', %s)", [evil]),
+        ("SELECT ehub.delete('secret', %s)", [evil]),
+        ("SELECT ehub.set(%s, 'a', '[1]')", [evil]),
+        ("SELECT ehub.install_service(%s, 0)", [evil]),
+    ):
+        with pytest.raises(psycopg.DatabaseError):
+            db.execute(statement, parameters)
+    for setting in ("mode", "consistency", "ef_search", "service_timeout"):
+        db.execute("SELECT set_config(%s, %s, false)", [f"ehub.{setting}", evil])
+        with pytest.raises(psycopg.DatabaseError, match=f"ehub.{setting}"):
+            nearest(db, vectors(1)[0], 1, "secret")
+        db.execute(f"RESET ehub.{setting}")
+    me = "quote_ident(current_user)::regrole"
+    (answer,) = db.execute(
+        f"SELECT ehub.candidates({me}, 1, 1, 5, %s)", ["00 ; SELECT 1"]
+    ).fetchone()
+    assert "1 vectors of 8 dims are needed" in str(answer)
+    db.execute("SET ehub.breaker = ''")
+    # A reinstalled address with quotes in it is an option of the server, and nothing else.
+    db.execute("SELECT ehub.install_service(%s, 1)", ["x', password 'y"])
+    (options,) = db.execute(
+        "SELECT srvoptions FROM pg_foreign_server WHERE srvname = 'ehub_service'"
+    ).fetchone()
+    assert "host=x', password 'y" in options
+    assert len(space) == 500
+
+
+def test_only_the_owner_installs_and_dblink_is_kept_apart(service, db, role):
+    db.execute("SELECT ehub.uninstall_service()")
+    db.execute("CREATE EXTENSION dblink SCHEMA public")
+    with pytest.raises(psycopg.DatabaseError, match="dblink is in schema public") as raised:
+        db.execute("SELECT ehub.install_service('127.0.0.1', 6433)")
+    for statement in raised.value.diag.message_hint.split("; "):
+        db.execute(statement)
+    db.execute("SELECT ehub.install_service('127.0.0.1', 6433)")
+    first = db.execute("SELECT ehub.service_secret()").fetchone()
+    db.execute("SELECT ehub.install_service('127.0.0.1', 6434)")
+    assert db.execute("SELECT ehub.service_secret()").fetchone() == first
+    db.execute("GRANT USAGE ON SCHEMA ehub_dblink TO PUBLIC")
+    with pytest.raises(psycopg.DatabaseError, match="everybody could use"):
+        db.execute("SELECT ehub.install_service('127.0.0.1', 6433)")
+    for host, port in (("", 1), ("x", 0), ("x", 65536), (None, 1)):
+        with pytest.raises(psycopg.DatabaseError, match="a service has a host and a port"):
+            db.execute("SELECT ehub.install_service(%s, %s::int)", [host, port])
