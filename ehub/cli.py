@@ -359,9 +359,13 @@ def install_service(
         str, typer.Argument(metavar="ADDRESS|SOCKET", help="Where Postgres finds `ehub serve`.")
     ] = f"127.0.0.1:{_PORT}",
     sslmode: Annotated[
-        str | None, typer.Option(help="libpq's: disable, require, verify-full …")
-    ] = None,
+        str, typer.Option(help="libpq's: disable, require, verify-full …")
+    ] = "disable",
     sslrootcert: Annotated[str | None, typer.Option(help="A file on the database's host.")] = None,
+    direct: Annotated[
+        bool,
+        typer.Option("--direct", help="On another host, with neither proxy nor tunnel between."),
+    ] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Undo it.")] = False,
     url: _Url = None,
 ) -> None:
@@ -373,8 +377,8 @@ def install_service(
             return
         place = config.Address.parse(address, _PORT)
         connection.execute(
-            "SELECT ehub.install_service(%s, %s, %s, %s)",
-            [place.host, place.port, sslmode or "disable", sslrootcert],
+            "SELECT ehub.install_service(%s, %s::int, %s, %s, %s)",
+            [place.host, place.port, sslmode, sslrootcert, direct],
         )
         _out.print(f"{database.target.describe()} asks the index service at {place}")
 

@@ -30,18 +30,21 @@ BEGIN
 END $$;
 
 -- Say whether the service ends whatever it is asked, because it is killed when it hangs: then its
--- answers can be waited for without a deadline. That is true only of a service on this machine, at
--- the very address that it listens on: what lies between could hang as well. Before PostgreSQL 17
--- such a wait could not be cancelled.
+-- answers can be waited for without a deadline. What lies between could hang as well, so this is true
+-- only of a service on this machine, at the very address that it listens on, or where whoever
+-- installed it says that nothing but a network does. Before PostgreSQL 17 such a wait could not be
+-- cancelled.
 CREATE OR REPLACE FUNCTION ehub.promise_answers(watched boolean, host text, port int) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     promised boolean := watched
         AND current_setting('server_version_num')::int >= 170000
-        AND coalesce(inet_client_addr() = inet_server_addr(), true)
-        AND EXISTS (
-            SELECT FROM pg_foreign_server AS s WHERE s.srvname = 'ehub_service'
-                AND s.srvoptions @> ARRAY['host=' || host, 'port=' || port]
+        AND (
+            EXISTS (SELECT FROM ehub.setting AS s WHERE s.name = 'service_is_direct')
+            OR coalesce(inet_client_addr() = inet_server_addr(), true) AND EXISTS (
+                SELECT FROM pg_foreign_server AS s WHERE s.srvname = 'ehub_service'
+                    AND s.srvoptions @> ARRAY['host=' || host, 'port=' || port]
+            )
         );
 BEGIN
     UPDATE ehub.incarnation AS i SET prompt = promised WHERE i.prompt <> promised;
@@ -49,12 +52,16 @@ END $$;
 
 -- Tell the database where its index service is; the secret between the two is made here, and kept
 -- when only the address changes. For the owner of schema ehub; needs extension dblink, or the right
--- to create it.
+-- to create it. `direct` says that no proxy or tunnel lies between (ehub.promise_answers).
 --
 -- dblink has a schema of its own, on which nobody else has USAGE: the connection to the service
 -- belongs to a session, and any role in it could use it otherwise.
 CREATE OR REPLACE FUNCTION ehub.install_service(
-    host text, port int, sslmode text DEFAULT 'disable', sslrootcert text DEFAULT NULL
+    host text,
+    port int,
+    sslmode text DEFAULT 'disable',
+    sslrootcert text DEFAULT NULL,
+    direct boolean DEFAULT false
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -113,6 +120,10 @@ BEGIN
         owner, 'ehub',
         coalesce(secret, replace(gen_random_uuid()::text || gen_random_uuid(), '-', ''))
     );
+    DELETE FROM ehub.setting WHERE name = 'service_is_direct';
+    IF direct THEN
+        INSERT INTO ehub.setting VALUES ('service_is_direct', 'yes');
+    END IF;
     EXECUTE format('GRANT USAGE ON SCHEMA ehub_dblink TO %I', owner);
     EXECUTE format('GRANT USAGE ON FOREIGN SERVER ehub_service TO %I', owner);
 END $$;
@@ -123,6 +134,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     DROP SERVER IF EXISTS ehub_service CASCADE;
     DROP SCHEMA IF EXISTS ehub_dblink CASCADE;
+    DELETE FROM ehub.setting WHERE name = 'service_is_direct';
     DELETE FROM ehub.incarnation;
 END $$;
 

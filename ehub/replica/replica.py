@@ -78,7 +78,8 @@ class Replica:
         self._written: dict[str, set[int]] = {}
         self._started = 0
         self._finished = 0
-        self._trimmed_at = time.monotonic()
+        # Before anything else where processes do not live long.
+        self._trimmed_at = time.monotonic() - _TRIM_SECONDS
         self._thread: threading.Thread | None = None
 
     # --- for searches

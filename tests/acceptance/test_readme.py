@@ -34,8 +34,15 @@ def test_sql(hub, db):
         for one in example.split(";\n")
         if one.strip()
     ]
-    assert [key for key, _ in answers[2]] == ["apple", "pear"]
-    assert [row[0] for row in answers[3]] == ["pear"]
+    assert answers[3] == [("[0,1,0]",)]
+    assert [key for key, _, _ in answers[4]] == ["apple", "pear"]
+    assert [key for key, _ in answers[5]] == ["pear", "plum"]
+    assert [row[:2] for row in answers[6]] == [
+        (1, "apple"),
+        (1, "pear"),
+        (2, "plum"),
+        (2, "pear"),
+    ]
     assert hub.spaces() == []
 
 
@@ -44,7 +51,7 @@ def test_commands(url, tmp_path):
     (tmp_path / "glove.6B.100d.txt").write_text(
         "".join(f"{word} {' '.join([str(n), *['1'] * 99])}\n" for word, n in words.items())
     )
-    setup, install, commands = blocks("sh")
+    setup, install, commands, _service = blocks("sh")
     assert [line.split("#")[0].split() for line in setup.splitlines()] == [
         ["make", "demo"],
         ["make", "test"],
@@ -64,7 +71,7 @@ def test_commands(url, tmp_path):
         assert done.stdout
 
 
-@pytest.mark.parametrize("command", re.findall(r"^\| `ehub (\w+)", README, re.M))
+@pytest.mark.parametrize("command", re.findall(r"^\| `ehub ([\w-]+)", README, re.M))
 def test_the_table_of_commands(command):
     ehub_program = str(Path(sys.executable).with_name("ehub"))
     help_text = subprocess.run(
@@ -82,7 +89,7 @@ def test_no_command_is_left_out():
         env={**os.environ, "COLUMNS": "200"},
     ).stdout
     listed = set(re.findall(r"^[│ ]\s?(\w+)  ", help_text, re.M))
-    assert listed == set(re.findall(r"^\| `ehub (\w+)", README, re.M))
+    assert listed == set(re.findall(r"^\| `ehub ([\w-]+)", README, re.M))
 
 
 def test_the_layout_is_what_is_there():

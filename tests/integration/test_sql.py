@@ -180,3 +180,51 @@ def test_an_index_of_pgvectors_own_does_not_make_exact_searches_approximate(hub,
     assert "hnsw" not in str(plan).lower()
     found = db.execute("SELECT key FROM ehub.nearest_exact('a', '[7,7]', 3)").fetchall()
     assert found == [("7",), ("6",), ("8",)]
+
+
+def test_rows_one_at_a_time(space, db):
+    db.execute("SELECT ehub.set('quickstart', 'pear', '[1,0.1,0]', '{\"kind\": \"fruit\"}')")
+    db.execute("SELECT ehub.set('quickstart', 'pear', '[1,0.2,0]')")
+    assert db.execute("SELECT ehub.get('quickstart', 'pear')").fetchone() == ("[1,0.2,0]",)
+    assert space.metadata("pear") == {"kind": "fruit"}
+    db.execute("SELECT ehub.delete('quickstart', 'pear')")
+    for statement, state in (
+        ("SELECT ehub.get('quickstart', 'pear')", "EH008"),
+        ("SELECT ehub.delete('quickstart', 'pear')", "EH008"),
+        ("SELECT ehub.get('quickstart', NULL)", "EH008"),
+        ("SELECT ehub.get('nowhere', 'pear')", "EH001"),
+        ("SELECT ehub.set('nowhere', 'pear', '[1,2,3]')", "EH001"),
+        ("SELECT ehub.set('quickstart', 'pear', '[1,2]')", "EH004"),
+        ("SELECT ehub.set('quickstart', NULL, '[1,2,3]')", "EH006"),
+        ("SELECT ehub.set('quickstart', 'pear', NULL)", "EH004"),
+        ("SELECT ehub.set('quickstart', 'pear', '[1,2,3]', '[]')", "EH007"),
+        ("SELECT ehub.nearest_many('quickstart', '{}', 1)", "EH005"),
+        ("SELECT ehub.nearest_many('quickstart', ARRAY['[1,2]']::vector[], 1)", "EH004"),
+        ("SELECT ehub.nearest_many('quickstart', ARRAY[NULL]::vector[], 1)", "EH004"),
+        ("SELECT ehub.nearest('quickstart', '[1,2,3]', 0)", "EH005"),
+        ("SELECT ehub.nearest('quickstart', '[1,2]', 1)", "EH004"),
+        ("SELECT ehub.nearest('quickstart', NULL, 1)", "EH004"),
+        ("SELECT ehub.nearest_to('quickstart', 'nobody', 1)", "EH008"),
+    ):
+        with pytest.raises(psycopg.DatabaseError) as raised:
+            db.execute(statement)
+        assert raised.value.sqlstate == state, statement
+    assert len(space) == 3
+
+
+def test_without_a_service_searches_are_exact_and_say_why(space, db):
+    found = db.execute("SELECT key FROM ehub.nearest('quickstart', '[1,0.1,0]', 2)").fetchall()
+    assert found == [("apple",), ("orange",)]
+    assert db.execute("SELECT key FROM ehub.nearest_to('quickstart', 'apple', 1)").fetchone() == (
+        "orange",
+    )
+    many = db.execute(
+        "SELECT q, key FROM ehub.nearest_many('quickstart', ARRAY['[1,0,0]', '[0,1,0]']::vector[], 1)"
+    ).fetchall()
+    assert many == [(1, "apple"), (2, "potato")]
+    (road,) = db.execute("SELECT in_sql FROM ehub.status").fetchone()
+    assert road.startswith("exact: ")
+    db.execute("SET ehub.mode = 'index'")
+    with pytest.raises(psycopg.DatabaseError, match="the index cannot answer: ") as raised:
+        db.execute("SELECT key FROM ehub.nearest('quickstart', '[1,0.1,0]', 2)")
+    assert raised.value.sqlstate == "EH009"

@@ -1,0 +1,136 @@
+"""``ehub serve`` beside the embedded Postgres: it runs, shows itself and leaves in order."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import ehub
+
+EHUB = Path(sys.executable).with_name("ehub")
+
+
+@pytest.fixture
+def serve(url, tmp_path):
+    """Start ``ehub serve``; returns the process and the address of its pages."""
+    started = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [
+                *(EHUB, "serve", "--database", url, "--data", tmp_path / "service"),
+                *("--listen", "127.0.0.1:0", "--pages", "127.0.0.1:0", *arguments),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        line = process.stdout.readline()
+        assert line.startswith("ready: 127.0.0.1:"), process.communicate()
+        return process, "http://" + line.split("pages at ")[1].strip()
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def page(address, path):
+    with urllib.request.urlopen(address + path, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_it_runs_shows_itself_and_saves(serve, url, tmp_path, data_dir):
+    with ehub.connect(url, data_dir=data_dir, index="none") as hub:
+        hub.create_space("s", 2).multiset({"a": [1, 2], "b": [2, 1]})
+    process, pages = serve()
+    health = json.loads(page(pages, "/health"))
+    assert health["ready"] is True
+    assert [index["rows"] for index in health["indexes"]] == [2]
+    assert json.loads(page(pages, "/ready")) == health
+    metrics = page(pages, "/metrics")
+    assert 'ehub_index_rows{index="1"} 2.0' in metrics
+    assert "ehub_database_connected 1.0" in metrics
+    # Names of spaces are for those who may see them.
+    assert '"s"' not in metrics + str(health)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        page(pages, "/etc/passwd")
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert list((tmp_path / "service").glob("indexes/*/*/manifest.json"))
+    messages = [json.loads(line)["message"] for line in log.splitlines()]
+    assert messages[0].startswith("listening on 127.0.0.1:")
+    assert "does not know this service" in messages[1]
+    assert messages[-1] == "stopping: saving the indexes"
+
+
+def test_interrupted_by_hand_it_leaves_in_order_too(serve):
+    process, _ = serve("--log-format", "text")
+    process.send_signal(signal.SIGINT)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "stopping" in log
+    assert "Traceback" not in log
+
+
+def test_its_end_ends_what_runs_below_it(serve):
+    process, _ = serve()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 1
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        stat = Path(f"/proc/{children[0]}/stat")
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        os.sched_yield()
+        signal.sigtimedwait([], 0.05)
+    raise AssertionError("the service outlives its supervisor")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--listen", "nowhere:0:0"], "HOST:PORT"),
+        (["--listen", "192.0.2.1:6433"], "cannot listen on 192.0.2.1:6433"),
+        (["--pages", "x:99999"], "x:99999"),
+        (["--log-format", "xml"], "json or text, not 'xml'"),
+        (["--tls-cert", "/nowhere.pem"], "/nowhere.pem"),
+        (["--database", "mysql://x"], "postgresql://"),
+    ],
+)
+def test_a_typo_is_an_error_of_one_line(url, tmp_path, arguments, message):
+    done = subprocess.run(
+        [EHUB, "serve", "--database", url, "--data", tmp_path, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "COLUMNS": "300"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_dblink_nothing_is_installed_and_it_is_said(url, db):
+    if db.execute("SELECT FROM pg_available_extensions WHERE name = 'dblink'").fetchone() == ():
+        pytest.skip("this Postgres has dblink")
+    done = subprocess.run(
+        [EHUB, "install-service", "--database", url],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "300"},
+    )
+    assert done.returncode == 1
+    assert "this server has no extension dblink" in done.stderr
