@@ -29,8 +29,9 @@ types: setup
 
 check: lint types test
 
-bench: setup  ## side by side with raw hnswlib; needs FILE=glove.txt
+bench: setup  ## beside raw hnswlib, and beside pgvector's HNSW with EHUB_TEST_DATABASE_URL; needs FILE=glove.txt
 	$(BIN)/python tests/bench/bench.py $(FILE)
+	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_sql.py $(FILE))
 
 soak: setup  ## writers and searchers beside a service that is restarted; EHUB_TEST_DATABASE_URL
 	$(BIN)/python tests/bench/soak.py --minutes $(or $(MINUTES),20)

@@ -69,7 +69,8 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20)
-    minutes = parser.parse_args().minutes
+    parser.add_argument("--restart-every", type=float, default=50, metavar="SECONDS")
+    arguments = parser.parse_args()
     server = os.environ["EHUB_TEST_DATABASE_URL"]
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute("DROP DATABASE IF EXISTS ehub_soak WITH (FORCE)")
@@ -80,10 +81,13 @@ def main() -> None:
     place = f"127.0.0.1:{PORT}"
     subprocess.run([ehub, "install-service", place, "--database", url], check=True)
     with tempfile.TemporaryDirectory() as folder, psycopg.connect(url, autocommit=True) as db:
-        soak(url, db, [ehub, "serve", "-d", url, "--listen", place, "--data", folder], minutes)
+        command = [ehub, "serve", "-d", url, "--listen", place, "--data", folder]
+        soak(url, db, command, arguments.minutes, arguments.restart_every)
 
 
-def soak(url: str, db: psycopg.Connection, command: list[str], minutes: float) -> None:
+def soak(
+    url: str, db: psycopg.Connection, command: list[str], minutes: float, restart_every: float
+) -> None:
     db.execute("SELECT ehub.create_space('soak', %s)", [DIMS])
     vectors = np.random.default_rng(0).standard_normal((ROWS, DIMS))
     with db.cursor() as cursor:
@@ -100,9 +104,13 @@ def soak(url: str, db: psycopg.Connection, command: list[str], minutes: float) -
         thread.start()
     begun = time.monotonic()
     restarts = 0
+    restarted = begun
     while time.monotonic() - begun < 60 * minutes:
-        time.sleep(min(50, 15 * minutes))
+        time.sleep(10)
         show(run, db, service, restarts)
+        if time.monotonic() - restarted < restart_every:
+            continue
+        restarted = time.monotonic()
         # By turns: asked to leave, killed, its worker killed.
         if restarts % 3 == 2:
             os.kill(worker(service), signal.SIGKILL)

