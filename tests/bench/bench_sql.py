@@ -26,6 +26,8 @@ from bench import HELD_OUT, SINGLE, K, report
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from ehub.binary import VectorDumper, VectorParameter, VectorsParameter
+
 SECONDS = 5.0
 BATCH = 100
 WRITERS = 8
@@ -72,7 +74,7 @@ def main() -> None:
             text=True,
         )
         try:
-            with psycopg.connect(url, autocommit=True) as db:
+            with connect(url) as db:
                 build_pgvector(db, dims)
                 assert service.stdout is not None
                 service.stdout.readline()
@@ -100,20 +102,21 @@ def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, rep
     while db.execute("SELECT prompt FROM ehub.incarnation").fetchone() != (True,):
         time.sleep(0.2)
     db.execute("SET ehub.mode = 'index'")
-    texts = [str(query.tolist()) for query in queries]
+    vectors = [VectorParameter(query) for query in queries]
+    (oid,) = db.execute("SELECT 'vector'::regtype::oid").fetchone() or (0,)
     true = [
         {key for (key,) in db.execute("SELECT key FROM ehub.nearest_exact('bench', %s, 10)", [q])}
-        for q in texts
+        for q in vectors
     ]
 
-    def recall(ask: Callable[[str], Any]) -> float:
-        found = [{row[0] for row in ask(query)} for query in texts]
+    def recall(ask: Callable[[VectorParameter], Any]) -> float:
+        found = [{row[0] for row in ask(query)} for query in vectors]
         return statistics.mean(len(a & b) / K for a, b in zip(true, found, strict=True))
 
-    def nearest(query: str) -> Any:
+    def nearest(query: VectorParameter) -> Any:
         return db.execute(NEAREST, [query]).fetchall()
 
-    def pgvector(query: str) -> Any:
+    def pgvector(query: VectorParameter) -> Any:
         return db.execute(PGVECTOR, {"q": query}).fetchall()
 
     own = recall(nearest)
@@ -128,8 +131,8 @@ def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, rep
     roads: dict[str, Callable[[int], Any]] = {
         "raw": lambda i: raw.knn_query(queries[i], k=K, num_threads=1),
         "SELECT 1": lambda i: db.execute("SELECT 1").fetchall(),
-        "nearest": lambda i: nearest(texts[i]),
-        "pgvector": lambda i: pgvector(texts[i]),
+        "nearest": lambda i: nearest(vectors[i]),
+        "pgvector": lambda i: pgvector(vectors[i]),
     }
     micros: dict[str, list[float]] = {name: [] for name in roads}
     for _ in range(repeats):
@@ -147,15 +150,15 @@ def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, rep
 
     rates: dict[str, list[float]] = {"nearest": [], "pgvector": []}
     for _ in range(3):
-        rates["nearest"].append(clients(2, url, "SET ehub.mode = 'index'", NEAREST, texts))
+        rates["nearest"].append(clients(2, url, "SET ehub.mode = 'index'", NEAREST, queries))
         setting = f"SET hnsw.ef_search = {ef_search}"
-        rates["pgvector"].append(clients(2, url, setting, PGVECTOR, texts))
+        rates["pgvector"].append(clients(2, url, setting, PGVECTOR, queries))
     two = {name: statistics.median(values) for name, values in rates.items()}
     report("two clients", f"ehub {two['nearest']:,.0f}/s, pgvector {two['pgvector']:,.0f}/s")
     report("two clients, ehub by pgvector", ratio(two["nearest"] / two["pgvector"], 4))
 
     batches: dict[str, list[float]] = {"raw": [], "many": []}
-    statement = "SELECT q, key, distance FROM ehub.nearest_many('bench', %s::vector[], 10)"
+    statement = "SELECT q, key, distance FROM ehub.nearest_many('bench', %s, 10)"
     for _ in range(repeats):
         for start in range(0, SINGLE, BATCH):
             part = slice(start, start + BATCH)
@@ -163,7 +166,7 @@ def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, rep
             raw.knn_query(queries[part], k=K, num_threads=os.cpu_count())
             batches["raw"].append(BATCH / (time.perf_counter() - started))
             started = time.perf_counter()
-            db.execute(statement, [texts[part]]).fetchall()
+            db.execute(statement, [VectorsParameter(queries[part], oid)]).fetchall()
             batches["many"].append(BATCH / (time.perf_counter() - started))
     many, one = (statistics.median(batches[name]) for name in ("many", "raw"))
     report(
@@ -186,26 +189,34 @@ def build_pgvector(db: psycopg.Connection, dims: int) -> None:
 
 
 def client(
-    url: str, setting: str, statement: str, queries: list[str], gate: Any, answers: Any
+    url: str, setting: str, statement: str, queries: np.ndarray, gate: Any, answers: Any
 ) -> None:
-    with psycopg.connect(url, autocommit=True) as db:
+    vectors = [VectorParameter(query) for query in queries]
+    with connect(url) as db:
         db.execute(setting)
-        for query in queries[:50]:
+        for query in vectors[:50]:
             db.execute(statement, parameters(statement, query)).fetchall()
         gate.wait()
         started = time.perf_counter()
         n = 0
         while time.perf_counter() - started < SECONDS:
-            db.execute(statement, parameters(statement, queries[n % len(queries)])).fetchall()
+            db.execute(statement, parameters(statement, vectors[n % len(vectors)])).fetchall()
             n += 1
         answers.put(n / (time.perf_counter() - started))
 
 
-def parameters(statement: str, query: str) -> Any:
+def connect(url: str) -> psycopg.Connection:
+    db = psycopg.connect(url, autocommit=True)
+    for kind in (VectorParameter, VectorsParameter):
+        db.adapters.register_dumper(kind, VectorDumper)
+    return db
+
+
+def parameters(statement: str, query: VectorParameter) -> Any:
     return {"q": query} if "%(q)s" in statement else [query]
 
 
-def clients(n: int, url: str, setting: str, statement: str, queries: list[str]) -> float:
+def clients(n: int, url: str, setting: str, statement: str, queries: np.ndarray) -> float:
     """Return the queries a second of ``n`` clients together."""
     context = multiprocessing.get_context("spawn")
     gate, answers = context.Barrier(n), context.Queue()
