@@ -98,7 +98,8 @@ class Database:
         Raises:
             UnavailableError: Postgres cannot be reached.
         """
-        with self.connection() as connection:
+        # Not of the pool, which would try again and again where nobody is.
+        with contextlib.closing(self.connect()) as connection, mapped():
             return installed(connection)
 
     def has_service(self) -> bool:

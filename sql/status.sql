@@ -12,7 +12,7 @@ END $$;
 -- The keys that changed since a watermark, for those who see all rows.
 CREATE OR REPLACE FUNCTION ehub.lag(
     caller ehub.caller, version_id bigint, watermark pg_snapshot
-) RETURNS numeric
+) RETURNS bigint
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN (

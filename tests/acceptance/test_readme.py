@@ -88,7 +88,7 @@ def test_no_command_is_left_out():
         check=True,
         env={**os.environ, "COLUMNS": "200"},
     ).stdout
-    listed = set(re.findall(r"^[│ ]\s?(\w+)  ", help_text, re.M))
+    listed = set(re.findall(r"^[│ ]\s?(\w[\w-]*)  ", help_text, re.M))
     assert listed == set(re.findall(r"^\| `ehub ([\w-]+)", README, re.M))
 
 
