@@ -25,6 +25,7 @@ from ehub.errors import (
     ConfigurationError,
     InvalidValueError,
     KeyNotFoundError,
+    ServiceError,
     SpaceNotFoundError,
     WaitTimeoutError,
 )
@@ -391,7 +392,7 @@ class Space:
 
         Raises:
             WaitTimeoutError: it was not ready in time; the work goes on.
-            EhubError: no index can be made; the message says why.
+            EhubError: no index can be made, or no service is installed; the message says which.
         """
         self._read_shape()
         if self._by_service:
@@ -455,6 +456,8 @@ class Space:
         return answers
 
     def _wait_for_service(self, timeout: float | None) -> None:
+        if not self._database.has_service():
+            raise ServiceError("the database has no index service: run `ehub install-service`")
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._database.connection(self._name) as connection:
             seen = connection.execute("SELECT pg_current_snapshot()::text").fetchone()

@@ -97,6 +97,13 @@ BEGIN
     IF has_schema_privilege('public', 'ehub_dblink', 'USAGE') THEN
         RAISE EXCEPTION 'everybody could use the service''s connection'
             USING ERRCODE = 'EH010', HINT = 'REVOKE ALL ON SCHEMA ehub_dblink FROM PUBLIC';
+    ELSIF NOT EXISTS (
+        SELECT FROM pg_namespace AS n JOIN pg_roles AS r ON r.oid = n.nspowner
+        WHERE n.nspname = 'ehub_dblink' AND (r.rolsuper OR r.rolname = owner)
+    ) THEN
+        -- Whoever owns it can put functions of their own there.
+        RAISE EXCEPTION 'schema ehub_dblink belongs to somebody else' USING ERRCODE = 'EH010',
+            HINT = format('ALTER SCHEMA ehub_dblink OWNER TO %I', owner);
     END IF;
 
     options := format(
@@ -128,12 +135,18 @@ BEGIN
     EXECUTE format('GRANT USAGE ON FOREIGN SERVER ehub_service TO %I', owner);
 END $$;
 
--- Forget the service and what install_service made: searches in SQL are exact from then on.
+-- Forget the service and what install_service made: searches in SQL are exact from then on. What a
+-- superuser has made for it stays, unless that is who asks.
 CREATE OR REPLACE FUNCTION ehub.uninstall_service() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     DROP SERVER IF EXISTS ehub_service CASCADE;
-    DROP SCHEMA IF EXISTS ehub_dblink CASCADE;
+    IF EXISTS (
+        SELECT FROM pg_namespace AS n
+        WHERE n.nspname = 'ehub_dblink' AND pg_has_role(n.nspowner, 'USAGE')
+    ) THEN
+        DROP SCHEMA ehub_dblink CASCADE;
+    END IF;
     DELETE FROM ehub.setting WHERE name = 'service_is_direct';
     DELETE FROM ehub.incarnation;
 END $$;

@@ -13,7 +13,7 @@ from ehub.service.metrics import Metrics
 from ehub.service.pgwire import Answer, Column, StatementError, array
 from ehub.types import Matrix
 
-_INT4, _BOOL, _INT4_ARRAY, _SNAPSHOT, _TEXT_ARRAY, _INT8 = 23, 16, 1007, 5038, 1009, 20
+_INT4, _INT8, _SNAPSHOT, _INT4_ARRAY, _TEXT_ARRAY = 23, 20, 5038, 1007, 1009
 
 _COLUMNS = (
     Column("nonce"),

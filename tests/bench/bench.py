@@ -83,8 +83,11 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         report("ef, as calibrated", answers["ef"])
         report("recall@10 on queries that are not in the index", f"{answers['recall']:.4f}")
         report("recall@10 of raw hnswlib at that ef", f"{answers['raw_recall']:.4f}")
-        compare("single queries", "/s", answers["single"], limit=">= 0.7")
-        compare("batches", "queries/s", answers["batch"], limit=">= 0.9")
+        # Raw searches on the very graph that ehub has built and saved: the same work at the same ef.
+        compare("single queries, the same graph", "/s", answers["single"], limit=">= 0.7")
+        compare("batches, the same graph", "queries/s", answers["batch"], limit=">= 0.9")
+        own = statistics.median(answers["raw_own"])
+        report("single queries of raw hnswlib on its own graph", f"{own:,.0f} /s")
 
         memory: dict[str, list[float]] = {"raw": [], "ehub": []}
         restart: dict[str, list[float]] = {"raw": [], "ehub": []}
@@ -124,6 +127,8 @@ def build_ehub(folder: Path, metric: str) -> dict[str, Any]:
 
 
 def search(folder: Path, metric: str, repeats: int) -> dict[str, Any]:
+    from hnswlib import Index
+
     import ehub
 
     queries = np.load(folder / "held.npy")
@@ -145,21 +150,29 @@ def search(folder: Path, metric: str, repeats: int) -> dict[str, Any]:
         space.wait_until_indexed()
         ef = next(row["ef"] for row in hub.status() if row["space"] == SPACE and row["ef"])
         raw.set_ef(ef)
+        same = Index("l2" if metric == "l2" else "ip", queries.shape[1])
+        same.load_index(str(next((folder / "data").glob("indexes/*/*/*.hnsw"))))
+        same.set_ef(ef)
         found = space.multi_nearest_neighbors(K, vectors=queries)
         labels, _ = raw.knn_query(near, k=K)
         single: dict[str, list[float]] = {"raw": [], "ehub": []}
         batch: dict[str, list[float]] = {"raw": [], "ehub": []}
+        raw_own: list[float] = []
         for _ in range(repeats):
             started = time.monotonic()
             for query in near[:SINGLE]:
-                raw.knn_query(query, k=K, num_threads=1)
+                same.knn_query(query, k=K, num_threads=1)
             single["raw"].append(SINGLE / (time.monotonic() - started))
+            started = time.monotonic()
+            for query in near[:SINGLE]:
+                raw.knn_query(query, k=K, num_threads=1)
+            raw_own.append(SINGLE / (time.monotonic() - started))
             started = time.monotonic()
             for query in queries[:SINGLE]:
                 space.nearest_neighbors(K, vector=query)
             single["ehub"].append(SINGLE / (time.monotonic() - started))
             started = time.monotonic()
-            raw.knn_query(near, k=K, num_threads=os.cpu_count())
+            same.knn_query(near, k=K, num_threads=os.cpu_count())
             batch["raw"].append(len(near) / (time.monotonic() - started))
             started = time.monotonic()
             space.multi_nearest_neighbors(K, vectors=queries)
@@ -176,6 +189,7 @@ def search(folder: Path, metric: str, repeats: int) -> dict[str, Any]:
         ),
         "single": single,
         "batch": batch,
+        "raw_own": raw_own,
     }
 
 

@@ -207,6 +207,13 @@ def test_only_the_owner_installs_and_dblink_is_kept_apart(service, db, role):
     db.execute("GRANT USAGE ON SCHEMA ehub_dblink TO PUBLIC")
     with pytest.raises(psycopg.DatabaseError, match="everybody could use"):
         db.execute("SELECT ehub.install_service('127.0.0.1', 6433)")
+    db.execute("REVOKE USAGE ON SCHEMA ehub_dblink FROM PUBLIC")
+    name, _ = role("stranger")
+    db.execute(f"ALTER SCHEMA ehub_dblink OWNER TO {name}")
+    with pytest.raises(psycopg.DatabaseError, match="belongs to somebody else") as raised:
+        db.execute("SELECT ehub.install_service('127.0.0.1', 6433)")
+    db.execute(raised.value.diag.message_hint)
+    db.execute("SELECT ehub.install_service('127.0.0.1', 6433)")
     for host, port in (("", 1), ("x", 0), ("x", 65536), (None, 1)):
         with pytest.raises(psycopg.DatabaseError, match="a service has a host and a port"):
             db.execute("SELECT ehub.install_service(%s, %s::int)", [host, port])

@@ -362,3 +362,5 @@ def test_status_says_what_sql_searches_do(space, db, service):
     assert road()[0] == "exact: no index service is installed"
     assert db.execute("SELECT to_regnamespace('ehub_dblink')").fetchone() == (None,)
     assert nearest(db, vectors(1)[0], 1)[0].key == "k0"
+    with pytest.raises(ehub.ServiceError, match="ehub install-service"):
+        ehub.Space("s", space._database, "service", None).wait_until_indexed()
