@@ -284,7 +284,7 @@ def writers(db: psycopg.Connection, url: str, which: str) -> None:
                 found.append(float(line.split()[2]))
     plain, logged = (statistics.median(found) for found in rates.values())
     report(
-        "eight writers",
+        f"eight writers, a table {which}",
         f"{logged:,.0f}/s, without triggers {plain:,.0f}: {ratio(logged / plain, 0.6)}",
     )
     db.execute("SELECT ehub.delete_space('written')")
