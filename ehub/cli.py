@@ -54,6 +54,7 @@ app = typer.Typer(
     "Postgres in EHUB_DATA_DIR.",
 )
 _INTERRUPTED = 130
+_PORT, _PAGES_PORT = 6433, 9433
 _JSON_FIELDS = {"asctime": "time", "levelname": "level", "name": "logger"}
 
 _log = logging.getLogger("ehub")
@@ -305,9 +306,6 @@ def index(space: _Space, url: _Url = None) -> None:
         _out.print(f"the index of {space} is ready after {time.monotonic() - started:.1f} s")
 
 
-_PORT, _PAGES_PORT = 6433, 9433
-
-
 @app.command()
 def serve(
     listen: Annotated[
@@ -338,7 +336,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with contextlib.closing(open_database(url, data)) as database:
-        with Service(database, door, page, tls, watchdog) as service:
+        with contextlib.closing(Service(database, door, page, tls, watchdog)) as service:
             where = database.target.describe()
             _log.info("listening on %s for %s", service.address, where)
             if not service.installed:

@@ -57,8 +57,8 @@ BEGIN
     RETURN version_id;
 END $$;
 
--- The table of a version, and what belongs to it. Storage MAIN keeps vectors beside their keys: exact scans are several
--- times as fast as with the default, which moves them out of line.
+-- The table of a version, and what belongs to it. Storage MAIN keeps vectors beside their keys: exact
+-- scans are several times as fast as with the default, which moves them out of line.
 CREATE OR REPLACE FUNCTION ehub.create_data_table(
     version_id bigint, space text, dims int, metric text
 ) RETURNS void

@@ -2,7 +2,7 @@
 
 from ehub.index.build import build_index
 from ehub.index.calibrate import Calibration, calibrate
-from ehub.index.hnsw import Found, HnswIndex, Proposed
+from ehub.index.hnsw import Found, HnswIndex
 from ehub.index.store import IndexStore, Manifest
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "HnswIndex",
     "IndexStore",
     "Manifest",
-    "Proposed",
     "build_index",
     "calibrate",
 ]

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from types import TracebackType
 
 from ehub.config import Address
 from ehub.database import Connection, Database, mapped
@@ -104,17 +103,6 @@ class Service:
         self._stopping.set()
         self._leave.close()
         self._pulse.join(5)
-
-    def __enter__(self) -> Service:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _verifier(self) -> Verifier | None:
         return self._secret

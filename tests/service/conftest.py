@@ -3,13 +3,13 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from psycopg.conninfo import conninfo_to_dict
 
 from ehub.config import Address, resolve
 from ehub.database import Database
@@ -72,7 +72,7 @@ class ServiceProcess:
 def service(url, db, tmp_path):
     """A service in this process; Postgres polls for its answers."""
     with contextlib.closing(Database(resolve(url, tmp_path / "service"))) as database:
-        with Service(database, Address.parse("127.0.0.1:0", 0)) as service:
+        with contextlib.closing(Service(database, Address.parse("127.0.0.1:0", 0))) as service:
             install(db, service.address.port)
             yield service
 
@@ -91,8 +91,6 @@ def install(db, port):
 
 
 def free_port():
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
@@ -108,7 +106,3 @@ def settled(db, space="s", seconds=30):
             return
         assert time.monotonic() < deadline, reason
         time.sleep(0.05)
-
-
-def host_of(url):
-    return conninfo_to_dict(url).get("host", "")
