@@ -9,12 +9,20 @@
 ['orange', 'potato']
 """
 
+from ehub.checkpoint import Checkpoint, CheckpointInfo
+from ehub.collection import Restored
+from ehub.diff import Diff, Drift, Moved
 from ehub.errors import (
     AccessDeniedError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
     ConfigurationError,
+    ConflictError,
     DatabaseError,
     DependencyError,
     EhubError,
+    ExistsError,
+    FrozenError,
     IndexFileError,
     IndexUnavailableError,
     InvalidFileError,
@@ -25,24 +33,39 @@ from ehub.errors import (
     InvalidVectorError,
     KeyNotFoundError,
     NotFoundError,
+    OverlapError,
+    ReadOnlyError,
     SchemaError,
     ServiceError,
     SpaceExistsError,
     SpaceNotFoundError,
     UnavailableError,
+    VersionExistsError,
+    VersionInUseError,
+    VersionNotFoundError,
     WaitTimeoutError,
 )
 from ehub.hub import Hub, connect
 from ehub.replica import Progress, State
-from ehub.space import Space
+from ehub.snapshot import Refreshed, Snapshot, Written
+from ehub.space import Promotion, Space, Switched, Version
 from ehub.types import Metric, Neighbor
 
 __all__ = [
     "AccessDeniedError",
+    "Checkpoint",
+    "CheckpointExistsError",
+    "CheckpointInfo",
+    "CheckpointNotFoundError",
     "ConfigurationError",
+    "ConflictError",
     "DatabaseError",
     "DependencyError",
+    "Diff",
+    "Drift",
     "EhubError",
+    "ExistsError",
+    "FrozenError",
     "Hub",
     "IndexFileError",
     "IndexUnavailableError",
@@ -54,16 +77,29 @@ __all__ = [
     "InvalidVectorError",
     "KeyNotFoundError",
     "Metric",
+    "Moved",
     "Neighbor",
     "NotFoundError",
+    "OverlapError",
     "Progress",
+    "Promotion",
+    "ReadOnlyError",
+    "Refreshed",
+    "Restored",
     "SchemaError",
     "ServiceError",
+    "Snapshot",
     "Space",
     "SpaceExistsError",
     "SpaceNotFoundError",
     "State",
+    "Switched",
     "UnavailableError",
+    "Version",
+    "VersionExistsError",
+    "VersionInUseError",
+    "VersionNotFoundError",
     "WaitTimeoutError",
+    "Written",
     "connect",
 ]

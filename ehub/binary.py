@@ -22,6 +22,8 @@ COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 COPY_TRAILER = b"\xff\xff"
 
 _BATCH = 4096
+# Of a row that begins with an embedding: the number of fields, its size, its dims.
+_FIRST = 10
 
 
 class VectorParameter:
@@ -87,12 +89,32 @@ def decode_rows(messages: Iterable[Buffer], dims: int) -> Iterator[tuple[list[st
     Takes one message a row, as Postgres sends them. Yields keys and float32 of shape ``(n, dims)``.
     """
     rows = _strip(messages)
-    # Embeddings are of one length and stand first, so everything has its place.
-    start, end = 10, 10 + 4 * dims
+    start = _FIRST + 4 * dims + 4
     while batch := list(itertools.islice(rows, _BATCH)):
-        keys = [str(row[end + 4 :], "utf-8") for row in batch]
-        values = b"".join([row[start:end] for row in batch])
-        yield keys, np.frombuffer(values, ">f4").astype(np.float32).reshape(len(keys), dims)
+        yield [str(row[start:], "utf-8") for row in batch], _embeddings(batch, dims)
+
+
+def decode_rows_with_notes(
+    messages: Iterable[Buffer], dims: int
+) -> Iterator[tuple[list[str], Matrix, list[str | None]]]:
+    """Read rows ``(embedding vector, key text, metadata text or NULL)`` as :func:`decode_rows`."""
+    rows = _strip(messages)
+    start = _FIRST + 4 * dims + 4
+    while batch := list(itertools.islice(rows, _BATCH)):
+        keys: list[str] = []
+        notes: list[str | None] = []
+        for row in batch:
+            end = start + int.from_bytes(row[start - 4 : start], "big")
+            keys.append(str(row[start:end], "utf-8"))
+            # A NULL is a size of -1 and nothing more.
+            notes.append(str(row[end + 4 :], "utf-8") if len(row) > end + 4 else None)
+        yield keys, _embeddings(batch, dims), notes
+
+
+def _embeddings(rows: Sequence[Buffer], dims: int) -> Matrix:
+    # They are of one length and stand first, so they have their place.
+    values = b"".join([row[_FIRST : _FIRST + 4 * dims] for row in rows])
+    return np.frombuffer(values, ">f4").astype(np.float32).reshape(len(rows), dims)
 
 
 def _sized_vectors(vectors: Matrix) -> NDArray[Any]:

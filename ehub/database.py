@@ -19,7 +19,7 @@ from ehub.embedded import EmbeddedPostgres
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 """The Alembic revision that this release works with."""
 
 # Raised by the functions in sql/, which describe the value themselves.
@@ -34,6 +34,14 @@ _OWN_ERRORS: dict[str, type[errors.EhubError]] = {
     "EH008": errors.KeyNotFoundError,
     "EH009": errors.IndexUnavailableError,
     "EH010": errors.ServiceError,
+    "EH011": errors.VersionNotFoundError,
+    "EH012": errors.CheckpointNotFoundError,
+    "EH013": errors.VersionExistsError,
+    "EH014": errors.CheckpointExistsError,
+    "EH015": errors.FrozenError,
+    "EH016": errors.VersionInUseError,
+    "EH017": errors.OverlapError,
+    "EH018": errors.WaitTimeoutError,
 }
 
 
@@ -148,6 +156,14 @@ class Database:
                     open=True,
                 )
             return self._pool
+
+
+@contextlib.contextmanager
+def repeatable_read(connection: Connection) -> Iterator[None]:
+    """Do what is inside in one snapshot, without writing."""
+    with connection.transaction():
+        connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        yield
 
 
 @contextlib.contextmanager

@@ -7,14 +7,24 @@
     ├── DependencyError (ImportError)        an optional package is not installed
     ├── NotFoundError (KeyError)
     │   ├── SpaceNotFoundError
+    │   ├── VersionNotFoundError
+    │   ├── CheckpointNotFoundError
     │   └── KeyNotFoundError
-    ├── SpaceExistsError (ValueError)
+    ├── ExistsError (ValueError)
+    │   ├── SpaceExistsError
+    │   ├── VersionExistsError
+    │   └── CheckpointExistsError
+    ├── ReadOnlyError (PermissionError)      a write to a checkpoint or to a snapshot
+    │   └── FrozenError                      a write to a version that was frozen
+    ├── VersionInUseError                    a version that cannot be dropped yet
+    ├── OverlapError                         a promotion that would change too many answers
+    ├── ConflictError                        rows that somebody else has changed meanwhile
     ├── InvalidValueError (ValueError)
-    │   ├── InvalidNameError                 the name of a space
+    │   ├── InvalidNameError                 the name of a space, version or checkpoint
     │   ├── InvalidKeyError
     │   ├── InvalidVectorError               wrong dims, NaN, infinity, zero under cosine
     │   ├── InvalidMetadataError
-    │   └── InvalidFileError                 a file of embeddings that cannot be read
+    │   └── InvalidFileError                 a file of embeddings or a snapshot that cannot be read
     ├── IndexFileError                       an index file that is damaged or foreign
     ├── IndexUnavailableError                the index cannot answer, and going exact was forbidden
     ├── ServiceError                         the index service cannot be installed or started
@@ -55,12 +65,60 @@ class SpaceNotFoundError(NotFoundError):
     """No space of that name."""
 
 
+class VersionNotFoundError(NotFoundError):
+    """The space has no version of that name, or none to go back to."""
+
+
+class CheckpointNotFoundError(NotFoundError):
+    """The version has no checkpoint of that name."""
+
+
 class KeyNotFoundError(NotFoundError):
     """No embedding under that key."""
 
 
-class SpaceExistsError(EhubError, ValueError):
+class ExistsError(EhubError, ValueError):
+    """Something of that name is there already."""
+
+
+class SpaceExistsError(ExistsError):
     """A space of that name is there already."""
+
+
+class VersionExistsError(ExistsError):
+    """The space has a version of that name already."""
+
+
+class CheckpointExistsError(ExistsError):
+    """The version has a checkpoint of that name already."""
+
+
+class ReadOnlyError(EhubError, PermissionError):
+    """A write to what cannot be written: a checkpoint, or a snapshot that is not a fork."""
+
+
+class FrozenError(ReadOnlyError):
+    """A write to a version that was frozen."""
+
+
+class VersionInUseError(EhubError):
+    """A version that is current or still needed, and so cannot be dropped; the message says why."""
+
+
+class OverlapError(EhubError):
+    """A promotion that would change more of the answers than it may."""
+
+
+class ConflictError(EhubError):
+    """Rows that are neither what was taken nor what is to be written; nothing was changed.
+
+    Attributes:
+        keys: their keys.
+    """
+
+    def __init__(self, message: str, keys: list[str]) -> None:
+        super().__init__(message)
+        self.keys = keys
 
 
 class InvalidValueError(EhubError, ValueError):
@@ -68,7 +126,7 @@ class InvalidValueError(EhubError, ValueError):
 
 
 class InvalidNameError(InvalidValueError):
-    """A space name that is not 1 to 40 letters, digits, ``_``, ``-`` or ``.``."""
+    """A name that is too long, or not of letters, digits, ``_``, ``-`` and ``.``."""
 
 
 class InvalidKeyError(InvalidValueError):
@@ -84,7 +142,7 @@ class InvalidMetadataError(InvalidValueError):
 
 
 class InvalidFileError(InvalidValueError):
-    """A file of embeddings that cannot be read; the message names the line or row."""
+    """A file of embeddings or a snapshot that cannot be read; the message says where and why."""
 
 
 class IndexFileError(EhubError):

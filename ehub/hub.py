@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from types import TracebackType
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex, overload
 
-from ehub import config, resources
+from ehub import config, resources, values
 from ehub.database import SCHEMA_REVISION, Database
-from ehub.errors import ConfigurationError, InvalidNameError, InvalidValueError, SchemaError
+from ehub.errors import ConfigurationError, InvalidNameError, SchemaError
 from ehub.replica import Replica
-from ehub.space import Space
+from ehub.snapshot import Snapshot
+from ehub.space import Space, Version
 from ehub.types import IndexPlace, Metric
 
 
@@ -57,11 +57,11 @@ class Hub:
             raise InvalidNameError(f"a space's name is a string without NUL, not {name!r}")
         parameters = [
             name,
-            _whole("dims", dims),
+            values.as_whole("dims", dims),
             str(metric),
-            _whole("M", M),
-            _whole("ef_construction", ef_construction),
-            _number("target_recall", target_recall),
+            values.as_whole("M", M),
+            values.as_whole("ef_construction", ef_construction),
+            values.as_number("target_recall", target_recall),
         ]
         with self._database.connection() as connection:
             connection.execute(
@@ -69,18 +69,51 @@ class Hub:
             )
         return self.get_space(name)
 
-    def get_space(self, name: str) -> Space:
-        """Return a handle on a space.
+    @overload
+    def get_space(self, name: str, *, version: None = None) -> Space: ...
+    @overload
+    def get_space(self, name: str, *, version: str) -> Version: ...
+    @overload
+    def get_space(
+        self, name: str, *, version: str | None = None, download_snapshot: Literal[True]
+    ) -> Snapshot: ...
+    def get_space(
+        self, name: str, *, version: str | None = None, download_snapshot: bool = False
+    ) -> Space | Version | Snapshot:
+        """Return a handle on a space, or on one version of it; or a snapshot of that.
 
         Raises:
             SpaceNotFoundError: there is none of that name.
+            VersionNotFoundError: the space has no such version.
         """
-        return Space(name, self._database, self._index, self._replica)
+        space = Space(name, self._database, self._index, self._replica)
+        found = space if version is None else space.version(version)
+        return found.download_snapshot() if download_snapshot else found
+
+    def resolve(self, address: str) -> Space | Version:
+        """Return a handle on what an address means: ``items``, or ``items@v1``.
+
+        Raises:
+            NotFoundError: there is no such space or version.
+        """
+        name, at, version = address.partition("@")
+        return self.get_space(name, version=version) if at else self.get_space(name)
+
+    def load_snapshot(self, path: str | os.PathLike[str]) -> Snapshot:
+        """Read a snapshot from a file, to refresh it from this database or to write it there.
+
+        Raises:
+            InvalidFileError: it is damaged, or not a snapshot.
+            DependencyError: pyarrow is needed and not installed.
+        """
+        return Snapshot.load_for(self._database, path)
 
     def spaces(self) -> list[Space]:
         """Return handles on all spaces, by name."""
         with self._database.connection() as connection:
-            names = connection.execute("SELECT space FROM ehub.catalogue ORDER BY space").fetchall()
+            names = connection.execute(
+                "SELECT space FROM ehub.catalogue WHERE current ORDER BY space"
+            ).fetchall()
         return [self.get_space(name) for (name,) in names]
 
     def delete_space(self, name: str) -> None:
@@ -189,18 +222,3 @@ def _schema_error(where: str, revision: str | None) -> SchemaError:
         f"{where} has revision {revision} of the ehub schema, this release needs "
         f"{SCHEMA_REVISION}: run `ehub migrate URL`, or install the release that fits"
     )
-
-
-def _whole(name: str, value: SupportsIndex) -> int:
-    try:
-        # Larger than Postgres' integer is too large for every limit that it checks.
-        return max(min(operator.index(value), 2**31 - 1), -(2**31))
-    except TypeError:
-        raise InvalidValueError(f"{name} is a whole number, not {value!r}") from None
-
-
-def _number(name: str, value: float) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InvalidValueError(f"{name} is a number, not {value!r}") from None

@@ -69,6 +69,8 @@ def _migrate(connection: sqlalchemy.Connection) -> bool:
     except alembic.util.CommandError as error:
         raise SchemaError(f"the ehub schema is of another release: {error}") from error
     quoted = sql.Identifier(vector_schema).as_string(driver)
+    # Functions call each other, in whatever order their files come.
+    driver.execute("SET LOCAL check_function_bodies = off")
     for file in resources.sql_files():
         # Like an extension's script: pgvector is called by its schema, wherever that is.
         driver.execute(file.read_text().replace("@vector@", quoted).encode())

@@ -20,8 +20,10 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     func,
     text,
+    true,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, OID, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
@@ -102,11 +104,47 @@ class Version(Base):
     dims: Mapped[int] = mapped_column(Integer)
     metric: Mapped[str]
     created_at: Mapped[datetime.datetime] = mapped_column(server_default=func.now())
+    frozen_at: Mapped[datetime.datetime | None]
+    warm: Mapped[bool] = mapped_column(server_default=true())
 
     space: Mapped[Space] = relationship(
         back_populates="versions", foreign_keys=space_id, viewonly=True
     )
     indexes: Mapped[list[SearchIndex]] = relationship(back_populates="version", viewonly=True)
+    checkpoints: Mapped[list[Checkpoint]] = relationship(back_populates="version", viewonly=True)
+
+
+class Promotion(Base):
+    """One change of a space's current version, forward or back."""
+
+    __tablename__ = "promotion"
+    __table_args__ = (CheckConstraint("kind IN ('promote', 'rollback')", "kind"),)
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    space_id: Mapped[int] = mapped_column(ForeignKey(Space.id, ondelete="CASCADE"))
+    at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+    by: Mapped[str] = mapped_column(server_default=text("CURRENT_USER"))
+    kind: Mapped[str]
+    from_version: Mapped[str]
+    to_version: Mapped[str]
+    # What a rollback goes back to; null once that version is dropped.
+    from_version_id: Mapped[int | None] = mapped_column(ForeignKey(Version.id, ondelete="SET NULL"))
+    undone: Mapped[bool] = mapped_column(server_default=false())
+
+
+class Checkpoint(Base):
+    """A named state of a version's rows; ids ascend in the order of the states."""
+
+    __tablename__ = "checkpoint"
+    __table_args__ = (UniqueConstraint("version_id", "name"),)
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey(Version.id, ondelete="CASCADE"))
+    name: Mapped[str]
+    created_at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+    created_by: Mapped[str] = mapped_column(server_default=text("CURRENT_USER"))
+
+    version: Mapped[Version] = relationship(back_populates="checkpoints", viewonly=True)
 
 
 class SearchIndex(Base):

@@ -15,7 +15,8 @@ def folder(name: str) -> Path:
 
 def sql_files() -> list[Path]:
     """Return the files of functions, triggers and views, in the order to run them."""
-    return sorted(folder("sql").glob("*.sql"))
+    # The rights on all of it come last.
+    return sorted(folder("sql").glob("*.sql"), key=lambda file: (file.stem == "usage", file.name))
 
 
 def sql_digest() -> str:

@@ -7,6 +7,7 @@ too; these functions exist to name the wrong value before a batch is streamed.
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -68,6 +69,31 @@ def as_count(k: SupportsIndex) -> int:
     if not 1 <= count < 2**31:
         raise InvalidValueError(f"k is a number from 1 to 2147483647, not {count}")
     return count
+
+
+def as_whole(name: str, value: SupportsIndex) -> int:
+    """Return a whole number that Postgres will check.
+
+    Raises:
+        InvalidValueError: it is not one; ``name`` says what it is.
+    """
+    try:
+        # Larger than Postgres' integer is too large for every limit that it checks.
+        return max(min(operator.index(value), 2**31 - 1), -(2**31))
+    except TypeError:
+        raise InvalidValueError(f"{name} is a whole number, not {value!r}") from None
+
+
+def as_number(name: str, value: float) -> float:
+    """Return a number as a float.
+
+    Raises:
+        InvalidValueError: it is not one; ``name`` says what it is.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidValueError(f"{name} is a number, not {value!r}") from None
 
 
 def as_vector(value: object, dims: int, metric: Metric, name: str) -> Vector:

@@ -10,8 +10,8 @@ BEGIN
     END IF;
 END $$;
 
--- The spaces with their current versions and indexes, as replicas and clients ask for them: those
--- of which one may read or write the rows.
+-- The versions of all spaces with their indexes, as replicas and clients ask for them: those of
+-- which one may read or write the rows.
 CREATE OR REPLACE VIEW ehub.catalogue WITH (security_barrier) AS
 SELECT
     s.name AS space,
@@ -22,28 +22,49 @@ SELECT
     i.id AS index_id,
     i.m,
     i.ef_construction,
-    i.target_recall
+    i.target_recall,
+    v.id = s.current_version_id AS current,
+    v.frozen_at IS NOT NULL AS frozen,
+    v.warm
 FROM ehub.space AS s
-JOIN ehub.version AS v ON v.id = s.current_version_id
+JOIN ehub.version AS v ON v.space_id = s.id
 JOIN ehub.index AS i ON i.version_id = v.id
 WHERE has_table_privilege(
-    to_regclass(format('spaces.%I', s.name)), 'SELECT, INSERT, UPDATE, DELETE'
+    to_regclass('ehub_data.v' || v.id), 'SELECT, INSERT, UPDATE, DELETE'
 );
 
--- Find a space; one that is unknown, or not for this role, is an error.
-CREATE OR REPLACE FUNCTION ehub.require_space(name text) RETURNS ehub.catalogue
+-- Find what an address means: 'items', which is the current version of that space, or 'items@v1'.
+-- What is unknown, or not for this role, is an error.
+CREATE OR REPLACE FUNCTION ehub.require_space(address text) RETURNS ehub.catalogue
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    at int := strpos(address, '@');
+    name text := CASE WHEN at > 0 THEN left(address, at - 1) ELSE address END;
     target ehub.catalogue;
 BEGIN
-    SELECT * INTO target FROM ehub.catalogue AS c WHERE c.space = name;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'there is no space %', coalesce(quote_literal(name), 'NULL')
-            USING ERRCODE = 'EH001',
-            HINT = 'SELECT space FROM ehub.catalogue lists them; ehub.create_space makes one';
+    IF at > 0 THEN
+        SELECT * INTO target FROM ehub.catalogue AS c
+        WHERE c.space = name AND c.version = substr(address, at + 1);
+    ELSE
+        SELECT * INTO target FROM ehub.catalogue AS c WHERE c.space = name AND c.current;
     END IF;
-    RETURN target;
+    IF FOUND THEN
+        RETURN target;
+    ELSIF at > 0 AND EXISTS (SELECT FROM ehub.catalogue AS c WHERE c.space = name) THEN
+        RAISE EXCEPTION 'space % has no version %', quote_literal(name),
+            quote_literal(left(substr(address, at + 1), 60)) USING ERRCODE = 'EH011',
+            HINT = 'SELECT version FROM ehub.versions lists them';
+    END IF;
+    RAISE EXCEPTION 'there is no space %', coalesce(quote_literal(name), 'NULL')
+        USING ERRCODE = 'EH001',
+        HINT = 'SELECT space FROM ehub.catalogue lists them; ehub.create_space makes one';
 END $$;
+
+-- The address of a version, which goes on to mean that one when another becomes current.
+CREATE OR REPLACE FUNCTION ehub.address(target ehub.catalogue) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT target.space || '@' || target.version
+$$;
 
 -- Whether a role sees every row of a version: who does may be told what its index says.
 CREATE OR REPLACE FUNCTION ehub.sees_all_rows(role regrole, version_id bigint) RETURNS boolean

@@ -1,4 +1,5 @@
--- A row at a time, by its key.
+-- A row at a time, by its key. Writers go by the name, so that what they write is seen by those who
+-- ask by it, whatever is promoted meanwhile.
 
 -- Store an embedding, in place of what was there; without metadata a known key keeps its own.
 CREATE OR REPLACE FUNCTION ehub.set(
@@ -6,6 +7,7 @@ CREATE OR REPLACE FUNCTION ehub.set(
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    PERFORM ehub.require_space($1);
     IF $2 IS NULL OR $3 IS NULL THEN
         RAISE EXCEPTION 'space %: a row has a key and an embedding', quote_literal($1)
             USING ERRCODE = CASE WHEN $2 IS NULL THEN 'EH006' ELSE 'EH004' END;
@@ -13,7 +15,7 @@ BEGIN
     EXECUTE format(
         'INSERT INTO spaces.%I (key, embedding, metadata) VALUES ($1, $2, coalesce($3, ''{}''))'
         ' ON CONFLICT (key) DO UPDATE SET embedding = EXCLUDED.embedding%s',
-        (ehub.require_space($1)).space,
+        $1,
         CASE WHEN $4 IS NOT NULL THEN ', metadata = EXCLUDED.metadata' ELSE '' END
     ) USING $2, $3, $4;
 END $$;
@@ -24,8 +26,10 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     stored @vector@.vector;
 BEGIN
-    EXECUTE format('SELECT embedding FROM spaces.%I WHERE key = $1', (ehub.require_space($1)).space)
-        INTO stored USING $2;
+    EXECUTE format(
+        'SELECT embedding FROM ehub_data.%I WHERE key = $1',
+        'v' || (ehub.require_space($1)).version_id
+    ) INTO stored USING $2;
     IF stored IS NULL THEN
         PERFORM ehub.refuse_key($1, $2);
     END IF;
@@ -38,7 +42,8 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     gone bigint;
 BEGIN
-    EXECUTE format('DELETE FROM spaces.%I WHERE key = $1', (ehub.require_space($1)).space) USING $2;
+    PERFORM ehub.require_space($1);
+    EXECUTE format('DELETE FROM spaces.%I WHERE key = $1', $1) USING $2;
     GET DIAGNOSTICS gone = ROW_COUNT;
     IF gone = 0 THEN
         PERFORM ehub.refuse_key($1, $2);

@@ -44,8 +44,8 @@ BEGIN
     -- The sum keeps the planner from an approximate index that somebody made on the table.
     RETURN QUERY EXECUTE format(
         'SELECT key, 0.0 + (embedding %s $1) AS distance, metadata'
-        ' FROM spaces.%I WHERE $3 IS NULL OR key <> $3 ORDER BY distance, key LIMIT $2',
-        ehub.distance_operator(target.metric), target.space
+        ' FROM ehub_data.%I WHERE $3 IS NULL OR key <> $3 ORDER BY distance, key LIMIT $2',
+        ehub.distance_operator(target.metric), 'v' || target.version_id
     ) USING query, k, leave_out;
 END $$;
 
@@ -53,7 +53,9 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.nearest_exact_to(space text, stored_key text, k int)
 RETURNS TABLE (key text, distance float8, metadata jsonb)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT * FROM ehub.nearest_exact(space, ehub.get(space, stored_key), k, stored_key)
+    -- The key's vector and its neighbours are of one version, whatever is promoted meanwhile.
+    SELECT n.* FROM (SELECT ehub.address(ehub.require_space(space)) AS address OFFSET 0) AS here,
+        ehub.nearest_exact(here.address, ehub.get(here.address, stored_key), k, stored_key) AS n
 $$;
 
 CREATE OR REPLACE FUNCTION ehub.distance_operator(metric text) RETURNS text
@@ -247,15 +249,18 @@ BEGIN
         END LOOP;
         PERFORM ehub.require_exact_is_allowed(mode, space, reason);
     END IF;
-    RETURN QUERY SELECT * FROM ehub.nearest_exact(space, query, k, leave_out);
+    RETURN QUERY SELECT * FROM ehub.nearest_exact(ehub.address(target), query, k, leave_out);
 END $$;
 
 -- The neighbours of a stored key, without itself.
 CREATE OR REPLACE FUNCTION ehub.nearest_to(space text, stored_key text, k int)
 RETURNS TABLE (key text, distance float8, metadata jsonb)
 LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    -- The key's vector and its neighbours are of one version, whatever is promoted meanwhile.
+    here text := ehub.address(ehub.require_space(space));
 BEGIN
-    RETURN QUERY SELECT * FROM ehub.nearest(space, ehub.get(space, stored_key), k, stored_key);
+    RETURN QUERY SELECT * FROM ehub.nearest(here, ehub.get(here, stored_key), k, stored_key);
 END $$;
 
 -- The k nearest rows to each of many queries, in one trip to the index; q counts them from 1.
@@ -308,7 +313,7 @@ BEGIN
     RETURN QUERY
     SELECT v.q::int, n.key, n.distance, n.metadata
     FROM unnest(queries) WITH ORDINALITY AS v (query, q),
-        ehub.nearest_exact(space, v.query, k) AS n
+        ehub.nearest_exact(ehub.address(target), v.query, k) AS n
     ORDER BY v.q, n.distance, n.key;
 END $$;
 

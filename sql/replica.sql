@@ -6,7 +6,7 @@
 -- transaction ids again, so this must be on disk before the holder relies on it.
 CREATE OR REPLACE FUNCTION ehub.acknowledge(
     id uuid, index_id bigint, place text, watermark pg_snapshot, nonce uuid, rows bigint,
-    lease interval
+    lease interval, state text DEFAULT 'building'
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -16,7 +16,7 @@ BEGIN
     INSERT INTO ehub.replica (
         id, index_id, place, state, watermark, nonce, applied, expires_at, rows
     )
-    VALUES ($1, $2, $3, 'building', $4, $5, $4, clock_timestamp() + lease, $6)
+    VALUES ($1, $2, $3, $8, $4, $5, $4, clock_timestamp() + lease, $6)
     ON CONFLICT ON CONSTRAINT replica_pkey DO UPDATE
     SET place = EXCLUDED.place,
         watermark = EXCLUDED.watermark,
@@ -43,3 +43,26 @@ CREATE OR REPLACE FUNCTION ehub.forget_replica(id uuid, index_id bigint) RETURNS
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
     DELETE FROM ehub.replica AS r WHERE r.id = $1 AND r.index_id = $2
 $$;
+
+-- Notice that this database has been restored from a dump, or copied: transaction ids are others
+-- then, and what the log and the replicas say of them means nothing. `system` and `database` are what
+-- tells one database from all others.
+CREATE OR REPLACE FUNCTION ehub.recognise(system bigint, database bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    here text := system || '/' || database;
+    known text;
+BEGIN
+    SELECT s.value INTO known FROM ehub.setting AS s WHERE s.name = 'system';
+    IF known IS DISTINCT FROM here THEN
+        PERFORM pg_advisory_xact_lock(1701344610, 5);
+        SELECT s.value INTO known FROM ehub.setting AS s WHERE s.name = 'system';
+        IF known <> here THEN
+            DELETE FROM ehub.change;
+            DELETE FROM ehub.replica;
+            DELETE FROM ehub.setting AS s WHERE s.name = 'trimmed_below';
+        END IF;
+        INSERT INTO ehub.setting VALUES ('system', here)
+        ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;
+    END IF;
+END $$;

@@ -1,7 +1,18 @@
 -- Spaces: made and deleted.
 
--- Make a space: a version "v1", its data table, its log triggers, its view. Returns the version's
--- id. M, ef_construction and target_recall are those of its index.
+-- A name that can stand in an address and, with what is put before and behind it, in the name of a
+-- view.
+CREATE OR REPLACE FUNCTION ehub.require_name(what text, name text, longest int) RETURNS void
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF name IS NULL OR length(name) > longest OR name !~ '^[A-Za-z0-9_][A-Za-z0-9_.-]*$' THEN
+        RAISE EXCEPTION '%''s name is 1 to % letters, digits, "_", "-" or ".", not %', what, longest,
+            coalesce(quote_literal(left(name, 60)), 'NULL') USING ERRCODE = 'EH003';
+    END IF;
+END $$;
+
+-- Make a space with a version "v1", which is current. Returns the version's id. M, ef_construction
+-- and target_recall are those of its index.
 CREATE OR REPLACE FUNCTION ehub.create_space(
     name text,
     dims int,
@@ -16,10 +27,26 @@ DECLARE
     space_id bigint;
     version_id bigint;
 BEGIN
-    IF name IS NULL OR name !~ '^[A-Za-z0-9_][A-Za-z0-9_.-]{0,39}$' THEN
-        RAISE EXCEPTION 'a space''s name is 1 to 40 letters, digits, "_", "-" or ".", not %',
-            coalesce(quote_literal(left($1, 60)), 'NULL') USING ERRCODE = 'EH003';
-    ELSIF dims IS NULL OR dims NOT BETWEEN 1 AND 16000 THEN
+    PERFORM ehub.require_name('a space', $1, 40);
+    PERFORM ehub.require_shape($1, $2, $3, $4, $5, $6);
+    INSERT INTO ehub.space (name) VALUES ($1) ON CONFLICT (name) DO NOTHING
+    RETURNING id INTO space_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'there is a space % already', quote_literal($1) USING ERRCODE = 'EH002';
+    END IF;
+    version_id := ehub.add_version(space_id, 'v1', $2, $3, $4, $5, $6, NULL);
+    UPDATE ehub.space SET current_version_id = version_id WHERE id = space_id;
+    PERFORM ehub.show_version($1, version_id);
+    PERFORM ehub.ring();
+    RETURN version_id;
+END $$;
+
+CREATE OR REPLACE FUNCTION ehub.require_shape(
+    space text, dims int, metric text, m int, ef_construction int, target_recall float8
+) RETURNS void
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF dims IS NULL OR dims NOT BETWEEN 1 AND 16000 THEN
         RAISE EXCEPTION 'space %: dims is a number from 1 to 16000, not %', quote_literal($1), $2
             USING ERRCODE = 'EH005';
     ELSIF metric IS NULL OR metric NOT IN ('l2', 'cosine', 'ip') THEN
@@ -35,46 +62,82 @@ BEGIN
         RAISE EXCEPTION 'space %: target_recall is a number from 0.5 to 0.999, not %',
             quote_literal($1), $6 USING ERRCODE = 'EH005';
     END IF;
+END $$;
 
-    INSERT INTO ehub.space (name) VALUES ($1) ON CONFLICT (name) DO NOTHING
-    RETURNING id INTO space_id;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'there is a space % already', quote_literal($1) USING ERRCODE = 'EH002';
-    END IF;
-    INSERT INTO ehub.version (space_id, name, dims, metric) VALUES (space_id, 'v1', $2, $3)
+-- A version with all that belongs to it; with `source`, also that version's rows. They are there
+-- before the triggers: nobody follows a version yet that nobody sees.
+CREATE OR REPLACE FUNCTION ehub.add_version(
+    space_id bigint,
+    name text,
+    dims int,
+    metric text,
+    m int,
+    ef_construction int,
+    target_recall float8,
+    source bigint
+) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    space text := (SELECT s.name FROM ehub.space AS s WHERE s.id = space_id);
+    version_id bigint;
+BEGIN
+    INSERT INTO ehub.version (space_id, name, dims, metric) VALUES ($1, $2, $3, $4)
     RETURNING id INTO version_id;
     INSERT INTO ehub.index (version_id, m, ef_construction, target_recall)
-    VALUES (version_id, $4, $5, $6);
-    UPDATE ehub.space SET current_version_id = version_id WHERE id = space_id;
-
-    PERFORM ehub.create_data_table(version_id, $1, $2, $3);
+    VALUES (version_id, $5, $6, $7);
+    PERFORM ehub.create_data_table(version_id, space, dims, metric);
+    IF source IS NOT NULL THEN
+        EXECUTE format(
+            'INSERT INTO ehub_data.%I (key, embedding, metadata)'
+            ' SELECT key, embedding, metadata FROM ehub_data.%I ORDER BY key',
+            'v' || version_id, 'v' || source
+        );
+    END IF;
+    PERFORM ehub.create_log_triggers(version_id);
+    PERFORM ehub.create_checks(version_id, metric);
     EXECUTE format(
         'CREATE VIEW spaces.%I WITH (security_invoker = true) AS'
         ' SELECT key, embedding, metadata FROM ehub_data.%I',
-        $1, 'v' || version_id
+        space || '@' || name, 'v' || version_id
     );
-    PERFORM ehub.ring();
     RETURN version_id;
 END $$;
 
--- The table of a version, and what belongs to it. Storage MAIN keeps vectors beside their keys: exact
--- scans are several times as fast as with the default, which moves them out of line.
+-- Show a version by the name of its space. In one moment: grants on the view stay, and so do the
+-- statements that are under way, on the version that they began with.
+CREATE OR REPLACE FUNCTION ehub.show_version(space text, version_id bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    EXECUTE format(
+        'CREATE OR REPLACE VIEW spaces.%I WITH (security_invoker = true) AS'
+        ' SELECT key, embedding, metadata FROM ehub_data.%I',
+        space, 'v' || version_id
+    );
+END $$;
+
+-- The table of a version. Storage MAIN keeps vectors beside their keys: exact scans are several
+-- times as fast as with the default, which moves them out of line.
 CREATE OR REPLACE FUNCTION ehub.create_data_table(
     version_id bigint, space text, dims int, metric text
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    relation text := format('ehub_data.%I', 'v' || version_id);
-    trigger record;
 BEGIN
     EXECUTE format(
-        'CREATE TABLE %s ('
+        'CREATE TABLE ehub_data.%I ('
         ' key text PRIMARY KEY,'
         ' embedding @vector@.vector STORAGE MAIN NOT NULL,'
         ' metadata jsonb NOT NULL DEFAULT ''{}'','
         ' CONSTRAINT valid CHECK (%s))',
-        relation, ehub.row_check(space, dims, metric)
+        'v' || version_id, ehub.row_check(space, dims, metric)
     );
+END $$;
+
+CREATE OR REPLACE FUNCTION ehub.create_log_triggers(version_id bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    trigger record;
+BEGIN
     FOR trigger IN
         VALUES
             ('INSERT', 'REFERENCING NEW TABLE AS new_rows'),
@@ -83,33 +146,42 @@ BEGIN
             ('TRUNCATE', '')
     LOOP
         EXECUTE format(
-            'CREATE TRIGGER %I AFTER %s ON %s %s'
+            'CREATE TRIGGER %I AFTER %s ON ehub_data.%I %s'
             ' FOR EACH STATEMENT EXECUTE FUNCTION ehub.log_change(%L)',
-            'ehub_log_' || lower(trigger.column1), trigger.column1, relation, trigger.column2,
-            version_id
+            'ehub_log_' || lower(trigger.column1), trigger.column1, 'v' || version_id,
+            trigger.column2, version_id
         );
     END LOOP;
-    PERFORM ehub.create_checks(version_id, metric);
 END $$;
 
--- Delete a space with all its rows. It waits for those who use them.
+-- Delete a space with all its versions. It waits for those who use them.
 CREATE OR REPLACE FUNCTION ehub.delete_space(name text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    version record;
 BEGIN
     PERFORM FROM ehub.space AS s WHERE s.name = $1 FOR UPDATE;
-    PERFORM ehub.require_space($1);
+    PERFORM ehub.require_space(split_part($1, '@', 1));
+    IF strpos($1, '@') > 0 THEN
+        RAISE EXCEPTION '% is a version, not a space', quote_literal($1) USING ERRCODE = 'EH003',
+            HINT = 'ehub.drop_version drops a version';
+    END IF;
     EXECUTE format('DROP VIEW spaces.%I', $1);
-    FOR version IN
-        SELECT v.id FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id
-        WHERE s.name = $1
-    LOOP
-        EXECUTE format('DROP TABLE ehub_data.%I', 'v' || version.id);
-        PERFORM ehub.drop_checks(version.id);
-        DELETE FROM ehub.change AS c WHERE c.version_id = version.id;
-    END LOOP;
     UPDATE ehub.space AS s SET current_version_id = NULL WHERE s.name = $1;
+    PERFORM ehub.remove_version($1, v.name, v.id)
+    FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id WHERE s.name = $1;
     DELETE FROM ehub.space AS s WHERE s.name = $1;
     PERFORM ehub.ring();
+END $$;
+
+-- Take away what ehub.add_version has made, and the images that checkpoints needed.
+CREATE OR REPLACE FUNCTION ehub.remove_version(space text, version text, version_id bigint)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    EXECUTE format('DROP VIEW spaces.%I', space || '@' || version);
+    EXECUTE format('DROP TABLE ehub_data.%I', 'v' || version_id);
+    EXECUTE format('DROP TABLE IF EXISTS ehub_data.%I', 'h' || version_id);
+    EXECUTE format('DROP FUNCTION IF EXISTS ehub_data.%I', 'keep_v' || version_id);
+    PERFORM ehub.drop_checks(version_id);
+    DELETE FROM ehub.change AS c WHERE c.version_id = $3;
+    DELETE FROM ehub.version AS v WHERE v.id = $3;
 END $$;

@@ -1,6 +1,7 @@
 -- Many rows at once: COPY into a staging table, then one statement into the space.
 
--- The staging table of this session; the end of each transaction empties it. The ordinal tells
+-- The staging table of this session, and one for how rows were before (ehub.write_staged); the end
+-- of each transaction empties them. The ordinal tells
 -- which of two rows with the same key came later; without metadata a row keeps what it had.
 CREATE OR REPLACE FUNCTION ehub.stage() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -12,6 +13,9 @@ BEGIN
             embedding @vector@.vector STORAGE MAIN,
             metadata jsonb
         ) ON COMMIT DELETE ROWS;
+        CREATE TEMPORARY TABLE ehub_base (
+            key text, embedding @vector@.vector STORAGE MAIN, metadata jsonb
+        ) ON COMMIT DELETE ROWS;
     END IF;
 END $$;
 
@@ -21,10 +25,11 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.merge_staged(space text) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    target text := format('spaces.%I', (ehub.require_space(space)).space);
+    target text := format('spaces.%I', space);
     merged bigint;
     total bigint;
 BEGIN
+    PERFORM ehub.require_space(space);
     DELETE FROM pg_temp.ehub_staging AS s
     USING (
         SELECT key, max(ordinal) AS latest FROM pg_temp.ehub_staging

@@ -21,7 +21,7 @@ BEGIN
     );
 END $$;
 
--- Every space, and beside it every copy of its index. Lag: keys changed since what the copy has
+-- Every version that is kept warm, and beside it every copy of its index. Lag: keys changed since what the copy has
 -- last reported as applied. In SQL: what ehub.nearest does, and why it is slow where it is.
 CREATE OR REPLACE VIEW ehub.status AS
 SELECT
@@ -42,7 +42,9 @@ SELECT
     r.reported_at,
     r.last_error,
     coalesce('exact: ' || ehub.service_missing(), 'by the index service') AS in_sql,
-    c.index_id
+    c.index_id,
+    c.current
 FROM ehub.catalogue AS c
 LEFT JOIN ehub.replica AS r ON r.index_id = c.index_id AND r.expires_at > clock_timestamp()
-ORDER BY c.space, r.reported_at DESC;
+WHERE c.current OR c.warm OR r.index_id IS NOT NULL
+ORDER BY c.space, c.version_id, r.reported_at DESC;

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ehub.index.calibrate import calibrate_build, rows_to_hold_out
-from ehub.index.hnsw import HnswIndex, unit
+from ehub.index.exact import unit
+from ehub.index.hnsw import HnswIndex
 from ehub.types import Matrix, Metric
 
 _BATCH = 4096

@@ -25,12 +25,13 @@ def brute_force(
     best = np.empty((len(queries), 0), np.int64)
     nearest = np.empty((len(queries), 0), np.float32)
     for batch, rows in batches:
-        labels, distances = batch, _compare(queries, rows, metric)
+        distances = _compare(queries, rows, metric)
         if nearest.shape[1] == k:
-            # Most rows are farther than the k that are known, for every query.
-            near = (distances < nearest.max(axis=1, keepdims=True)).any(axis=0)
-            labels, distances = labels[near], distances[:, near]
-        best = np.hstack([best, np.broadcast_to(labels, distances.shape)])
+            # Most rows are farther than the k that are known.
+            labels, distances = _below(distances, nearest.max(axis=1), batch)
+        else:
+            labels = np.broadcast_to(batch, distances.shape)
+        best = np.hstack([best, labels])
         nearest = np.hstack([nearest, distances])
         if best.shape[1] > k:
             keep = np.argpartition(nearest, k - 1, axis=1)[:, :k]
@@ -66,6 +67,37 @@ def nearest_among(
         order = np.argsort(distances, axis=1, kind="stable")
         near[start : start + step] = labels[np.take_along_axis(places, order, axis=1)]
         far[start : start + step] = np.take_along_axis(distances, order, axis=1)
+    return near, far
+
+
+def unit(vectors: Matrix) -> Matrix:
+    """Return vectors of length 1 in the same directions, by row."""
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+    scaled: Matrix = (vectors / norms[:, None]).astype(np.float32)
+    return scaled
+
+
+def pgvector_distances(distances: NDArray[np.float32], metric: Metric) -> NDArray[np.float64]:
+    """Translate a graph's distances, as above, into pgvector's, which are float64."""
+    wide = distances.astype(np.float64)
+    if metric == "l2":
+        return np.sqrt(wide)
+    if metric == "cosine":
+        # Rounding can take the product of two unit vectors past 1.
+        return np.clip(wide, 0, 2)
+    return wide - 1
+
+
+def _below(
+    distances: NDArray[np.float32], limits: NDArray[np.float32], labels: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return by row what is below the row's limit, and infinity where others have more of it."""
+    row, column = np.nonzero(distances < limits[:, None])
+    counts = np.bincount(row, minlength=len(distances))
+    place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    shape = (len(distances), int(counts.max(initial=0)))
+    near, far = np.zeros(shape, np.int64), np.full(shape, np.inf, np.float32)
+    near[row, place], far[row, place] = labels[column], distances[row, column]
     return near, far
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ehub.index import tail
 from ehub.index.calibrate import Calibration
-from ehub.index.exact import brute_force, nearest_among
+from ehub.index.exact import brute_force, nearest_among, pgvector_distances, unit
 from ehub.types import Matrix, Metric, Vector
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -160,7 +160,9 @@ class HnswIndex:
             return [
                 Found([keys[label] for label in row], near)
                 for row, near in zip(
-                    found[0].tolist(), self._distances(found[1]).tolist(), strict=True
+                    found[0].tolist(),
+                    pgvector_distances(found[1], self.metric).tolist(),
+                    strict=True,
                 )
             ]
 
@@ -454,16 +456,6 @@ class HnswIndex:
             return np.empty((0, self.dims), np.float32)
         return self._graph.get_items(np.asarray(labels, np.uint64))
 
-    def _distances(self, distances: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Translate the graph's distances into pgvector's, which are float64."""
-        wide = distances.astype(np.float64)
-        if self.metric == "l2":
-            return np.sqrt(wide)
-        if self.metric == "cosine":
-            # Rounding can take the product of two unit vectors past 1.
-            return np.clip(wide, 0, 2)
-        return wide - 1
-
 
 class _ReadWriteLock:
     """Many readers or one writer; a writer that waits goes before readers that come later."""
@@ -509,13 +501,6 @@ class _ReadWriteLock:
 def _space(metric: Metric) -> str:
     # Cosine is the inner product of vectors that were normalised here.
     return "l2" if metric == "l2" else "ip"
-
-
-def unit(vectors: Matrix) -> Matrix:
-    """Return vectors of length 1 in the same directions, by row."""
-    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
-    scaled: Matrix = (vectors / norms[:, None]).astype(np.float32)
-    return scaled
 
 
 def _with_slack(rows: int) -> int:

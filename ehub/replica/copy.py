@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import psycopg
 
-from ehub.database import Connection, Database
+from ehub.database import Connection, Database, repeatable_read
 from ehub.errors import EhubError, IndexFileError
 from ehub.index import HnswIndex, IndexStore, build_index, calibrate
 from ehub.replica.log import (
@@ -28,7 +28,6 @@ from ehub.replica.log import (
     changed_keys,
     estimated_rows,
     read_rows,
-    repeatable_read,
     stream_rows,
     take_snapshot,
 )
@@ -184,6 +183,14 @@ class Copy:
         """Whether it may answer."""
         return self.state is State.READY and self.index is not None and self.watermark is not None
 
+    def settled(self) -> bool:
+        """Whether it answers, or cannot for now: others need not wait for it."""
+        return self.serving() or self.state is State.FAILED
+
+    def begun(self) -> bool:
+        """Whether there is an index, or work on one."""
+        return self.index is not None or self.fresh is not None or self.job is not None
+
     def forget_stamp(self) -> None:
         """Say no more what the index equals, until it was brought there again."""
         if self.index is not None:
@@ -200,7 +207,7 @@ class Copy:
         nonce = acknowledged_nonce(worker, self.id, self.entry.index_id)
         with self._shared.changed:
             if nonce != self.nonce or self.mixed:
-                _log.warning("space %r: this is not the state it knew; comparing", self.entry.space)
+                _log.warning("%s: this is not the state it knew; comparing", self.entry.address)
                 self.watermark = self.nonce = None
                 return
             if self.index is not None:
@@ -236,7 +243,7 @@ class Copy:
         try:
             keys = changed_keys(worker, self.entry, watermark, redo, trimmed)
         except Behind as why:
-            _log.info("space %r: %s; building its index anew", self.entry.space, why)
+            _log.info("%s: %s; building its index anew", self.entry.address, why)
             self.state = State.BUILDING
             self.index = self.fresh = None
             self._submit("rebuild", self._build)
@@ -427,8 +434,8 @@ class Copy:
                 if self.index is None:
                     self.state = State.FAILED
                 _log.warning(
-                    "space %r: index: %s",
-                    self.entry.space,
+                    "%s: index: %s",
+                    self.entry.address,
                     self.error,
                     exc_info=not isinstance(error, EhubError | psycopg.Error | OSError),
                 )
@@ -456,7 +463,7 @@ class Copy:
                 with self._shared.long_work():
                     index = store.load(manifest)
         except IndexFileError as error:
-            _log.warning("space %r: %s; building the index anew", entry.space, error)
+            _log.warning("%s: %s; building the index anew", entry.address, error)
             manifest = index = None
         if manifest is None or index is None:
             self._build()
@@ -474,7 +481,7 @@ class Copy:
         if known:
             self.fresh = Fresh(index, watermark, saved=True)
         else:
-            _log.info("space %r: the saved index is not as of a known state", entry.space)
+            _log.info("%s: the saved index is not as of a known state", entry.address)
             self.state = State.COMPARING
             self._compare(index)
 

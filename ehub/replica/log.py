@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import psycopg
 from psycopg import sql
 
 from ehub.binary import decode_rows, decode_vector
@@ -20,7 +18,7 @@ _READ_KEYS = 1000
 
 
 class Entry(NamedTuple):
-    """A row of ``ehub.catalogue``: a space, its current version, that version's index."""
+    """A row of ``ehub.catalogue``: a version of a space, and its index."""
 
     space: str
     version: str
@@ -31,6 +29,12 @@ class Entry(NamedTuple):
     m: int
     ef_construction: int
     target_recall: float
+    current: bool
+
+    @property
+    def address(self) -> str:
+        """What this version goes by, whichever is current."""
+        return f"{self.space}@{self.version}"
 
     @property
     def relation(self) -> sql.Identifier:
@@ -51,22 +55,21 @@ class Behind(Exception):  # noqa: N818 - control flow, not an error
     """The log that a watermark needs is gone, or the whole table changed."""
 
 
-def read_catalogue(connection: Connection, spaces: list[str] | None) -> dict[str, Entry]:
-    """Return the entries of those of the spaces that exist, or of all, by name."""
+def read_catalogue(connection: Connection, addresses: Collection[str] | None) -> list[Entry]:
+    """Return the versions to keep indexes of, current ones first.
+
+    For the name of a space these are its current version and those that are to be kept warm, for
+    the address of a version just that one; None stands for the names of all spaces.
+    """
     rows = connection.execute(
         "SELECT space, version, version_id, dims, metric, index_id, m, ef_construction,"
-        " target_recall FROM ehub.catalogue WHERE %s::text[] IS NULL OR space = ANY(%s)",
-        [spaces, spaces],
+        " target_recall, current FROM ehub.catalogue"
+        " WHERE (current OR warm) AND (%(names)s::text[] IS NULL OR space = ANY(%(names)s))"
+        " OR space || '@' || version = ANY(%(names)s)"
+        " ORDER BY current DESC, version_id",
+        {"names": None if addresses is None else list(addresses)},
     )
-    return {row[0]: Entry(*row) for row in rows}
-
-
-@contextlib.contextmanager
-def repeatable_read(connection: Connection) -> Iterator[None]:
-    """Do what is inside in one snapshot; for connections that do nothing else."""
-    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-    with connection.transaction():
-        yield
+    return [Entry(*row) for row in rows]
 
 
 def take_snapshot(connection: Connection) -> tuple[Watermark, int]:

@@ -14,6 +14,7 @@ own, at most one for each index. Meanwhile the index that was there goes on, or 
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import logging
 import random
 import threading
@@ -28,7 +29,7 @@ from ehub.errors import EhubError, UnavailableError, WaitTimeoutError
 from ehub.index import HnswIndex
 from ehub.listener import Listener
 from ehub.replica.copy import Copy, Progress, Shared, State
-from ehub.replica.log import read_catalogue, take_snapshot
+from ehub.replica.log import Entry, read_catalogue, take_snapshot
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,14 @@ _BACKOFF_SECONDS = (0.1, 10.0)
 _PATIENCE_SECONDS = 1.0
 _TRIM_SECONDS = 60.0
 _LEAVE_SECONDS = 30.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answering:
+    """An index that may answer, and the version whose rows it holds."""
+
+    index: HnswIndex
+    entry: Entry
 
 
 class Replica:
@@ -72,9 +81,12 @@ class Replica:
         self._worker: Connection | None = None
         # The cluster's system identifier and the database's oid.
         self._identity: tuple[int, int] | None = None
+        # Names of spaces and addresses of versions.
         self._wanted: set[str] = set()
         self._everything = False
-        self._copies: dict[str, Copy] = {}
+        # By the ids of their indexes; and what a name or address means, as of the last cycle.
+        self._copies: dict[int, Copy] = {}
+        self._meant: dict[str, Copy] = {}
         self._written: dict[str, set[int]] = {}
         self._started = 0
         self._finished = 0
@@ -84,12 +96,15 @@ class Replica:
 
     # --- for searches
 
-    def follow(self, space: str) -> None:
-        """Keep an index of a space from now on; returns at once."""
-        if space in self._wanted:
+    def follow(self, address: str) -> None:
+        """Keep an index of a space, or of one version of it, from now on; returns at once.
+
+        Of a space that is the current version, and those that are kept warm for it.
+        """
+        if address in self._wanted:
             return
         with self._shared.changed:
-            self._wanted.add(space)
+            self._wanted.add(address)
             self._begin()
         self._listener.interrupt()
 
@@ -116,30 +131,32 @@ class Replica:
         """Whether the last that was heard of the database was an answer."""
         return self._shared.connected
 
-    def wrote(self, space: str, xid: int) -> None:
-        """Remember a transaction of this process: the index must see it before it answers."""
-        if space in self._wanted:
-            with self._shared.changed:
-                self._written.setdefault(space, set()).add(xid)
+    def wrote(self, address: str, xid: int) -> None:
+        """Remember a transaction of this process: its indexes must see it before they answer."""
+        space = _space(address)
+        with self._shared.changed:
+            for wanted in self._wanted:
+                if _space(wanted) == space:
+                    self._written.setdefault(wanted, set()).add(xid)
 
-    def index(self, space: str, *, strong: bool = False) -> HnswIndex | None:
-        """Return the index of a space where it may answer, else None.
+    def index(self, address: str, *, strong: bool = False) -> Answering | None:
+        """Return the index of a space or version where it may answer, else None.
 
         It may if it is ready and sees what this process wrote; ``strong``: all that was committed
         before the call. Waits a moment for either.
         """
-        written: Collection[int] = self._written.get(space, ())
+        written: Collection[int] = self._written.get(address, ())
         if written:
             with self._shared.changed:
                 written = tuple(written)
-        copy = self._copies.get(space)
+        copy = self._meant.get(address)
         if copy is None or not copy.serving():
             return None
         watermark = copy.watermark
         if strong or watermark is None or not all(watermark.sees(xid) for xid in written):
             # A backlog that is a job of its own is not waited for.
             cycle = None if copy.job == "catch up" else self._next_cycle(_PATIENCE_SECONDS)
-            copy = self._copies.get(space)
+            copy = self._meant.get(address)
             if cycle is None or copy is None or not copy.serving() or copy.brought < cycle:
                 return None
             watermark = copy.watermark
@@ -149,8 +166,8 @@ class Replica:
         if written:
             # Seen once is seen for good.
             with self._shared.changed:
-                self._written[space].difference_update(written)
-        return index
+                self._written[address].difference_update(written)
+        return Answering(index, copy.entry)
 
     def _next_cycle(self, timeout: float | None) -> int | None:
         """Wait for a cycle that begins after this call; None if none ended in time."""
@@ -166,29 +183,29 @@ class Replica:
             return needed if self._finished >= needed else None
 
     def wait_until_ready(
-        self, space: str, timeout: float | None, watch: Callable[[Progress], None] | None = None
+        self, address: str, timeout: float | None, watch: Callable[[Progress], None] | None = None
     ) -> None:
-        """Wait until the index of a space is ready and sees all that was committed before.
+        """Wait until the index is ready and sees all that was committed before.
 
         Raises:
             WaitTimeoutError: it was not in time.
             EhubError: it cannot be built; the message says why.
         """
-        self.follow(space)
+        self.follow(address)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if deadline is None else deadline - time.monotonic()
-            if self.index(space, strong=True) is not None:
+            if self.index(address, strong=True) is not None:
                 return
-            progress = self.progress(space)
+            progress = self.progress(address)
             if watch is not None and progress is not None:
                 watch(progress)
             if progress is not None and progress.state is State.FAILED and left is None:
-                raise EhubError(f"space {space!r}: no index can be made: {progress.error}")
+                raise EhubError(f"space {address!r}: no index can be made: {progress.error}")
             if left is not None and left <= 0:
                 why = "" if progress is None else f": {progress.error or progress.state}"
                 raise WaitTimeoutError(
-                    f"space {space!r}: the index was not ready in {timeout} seconds{why}"
+                    f"space {address!r}: the index was not ready in {timeout} seconds{why}"
                 )
             with self._shared.changed:
                 if self._shared.stopping:
@@ -200,9 +217,9 @@ class Replica:
         if self._thread is not None:
             self._next_cycle(_PATIENCE_SECONDS)
 
-    def progress(self, space: str) -> Progress | None:
-        """Return how far the index of a space is, None if it is not followed yet."""
-        copy = self._copies.get(space)
+    def progress(self, address: str) -> Progress | None:
+        """Return how far the index of a space or version is, None if it is not followed yet."""
+        copy = self._meant.get(address)
         return None if copy is None else Progress(copy.state, copy.done, copy.total, copy.error)
 
     def close(self) -> None:
@@ -287,6 +304,7 @@ class Replica:
             if standby:
                 # Its snapshots do not say which transactions run on the primary.
                 raise UnavailableError("a standby has no watermarks to follow; searches are exact")
+            worker.execute("SELECT ehub.recognise(%s, %s)", [system, database])
             # Copies say what they equal only after they were brought there over this connection.
             for copy in self._copies.values():
                 copy.forget_stamp()
@@ -298,6 +316,7 @@ class Replica:
                 for copy in self._copies.values():
                     copy.drop(delete=False)
                 self._copies.clear()
+                self._meant.clear()
             self._identity = (system, database)
             self._listener.connect()
             self._shared.epoch += 1
@@ -332,9 +351,11 @@ class Replica:
         try:
             snapshot, trimmed = take_snapshot(worker)
             self._update_copies(worker)
+            at_rest = all(copy.settled() for copy in self._copies.values() if copy.entry.current)
             for copy in self._copies.values():
-                blocked = copy
-                found |= copy.bring(worker, snapshot, trimmed, self._started)
+                if copy.entry.current or at_rest or copy.begun():
+                    blocked = copy
+                    found |= copy.bring(worker, snapshot, trimmed, self._started)
             worker.execute("COMMIT")
         except pg.LockNotAvailable:
             # TRUNCATE or DDL that is not committed: the others go on without this one.
@@ -353,19 +374,30 @@ class Replica:
         return found
 
     def _update_copies(self, worker: Connection) -> None:
-        entries = read_catalogue(worker, None if self._everything else list(self._wanted))
-        for space, copy in list(self._copies.items()):
-            entry = entries.get(space)
-            if entry is None or entry.index_id != copy.entry.index_id:
-                self._copies.pop(space).drop(delete=True)
-        for space, entry in entries.items():
-            if space not in self._copies:
+        entries = read_catalogue(worker, None if self._everything else self._wanted)
+        kept = {entry.index_id for entry in entries}
+        for index_id in self._copies.keys() - kept:
+            self._copies.pop(index_id).drop(delete=True)
+        meant = {}
+        for entry in entries:
+            copy = self._copies.get(entry.index_id)
+            if copy is None:
                 assert self._identity is not None  # noqa: S101 - set when connecting
                 folder = self._database.target.data_dir / "indexes"
                 folder /= "-".join(map(str, self._identity))
-                self._copies[space] = Copy(entry, folder / str(entry.index_id), self._shared)
+                copy = Copy(entry, folder / str(entry.index_id), self._shared)
+                self._copies[entry.index_id] = copy
+            copy.entry = entry
+            meant[entry.address] = copy
+            if entry.current:
+                meant[entry.space] = copy
+        self._meant = meant
 
     def _trim(self, worker: Connection) -> None:
         if time.monotonic() - self._trimmed_at > _TRIM_SECONDS:
             self._trimmed_at = time.monotonic()
             worker.execute("SELECT ehub.trim()")
+
+
+def _space(address: str) -> str:
+    return address.partition("@")[0]

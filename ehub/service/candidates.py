@@ -137,7 +137,7 @@ class Answers:
             stamp = None if index is None else index.as_of
             rows.append(
                 [
-                    copy.entry.space,
+                    copy.entry.address,
                     str(copy.entry.index_id),
                     str(copy.state),
                     None if index is None else str(len(index)),

@@ -94,9 +94,9 @@ class Service:
         return self._secret is not None
 
     def ready(self) -> bool:
-        """Whether the database is followed and every index answers."""
-        copies = self._replica.followed()
-        return self._replica.connected and all(copy.serving() for copy in copies)
+        """Whether the database is followed and the index of every current version answers."""
+        current = [copy for copy in self._replica.followed() if copy.entry.current]
+        return self._replica.connected and all(copy.serving() for copy in current)
 
     def close(self) -> None:
         """Hang up on everybody and save the indexes."""

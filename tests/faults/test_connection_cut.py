@@ -41,8 +41,8 @@ def until(condition, seconds=30):
 
 
 def equal(space, db):
-    index = space._index(True)
-    return index is not None and set(index.keys()) == set(table(db, "s"))
+    answering = space._index(True)
+    return answering is not None and set(answering.index.keys()) == set(table(db, "s"))
 
 
 def test_changes_during_an_outage_are_caught_up(proxy, space, db, caplog):

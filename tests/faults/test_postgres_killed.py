@@ -106,7 +106,7 @@ def test_what_was_acknowledged_is_there_afterwards(hub, tmp_path):
 def check_index(space):
     """The index has caught up by itself, and holds just what the table holds."""
     retried(lambda: space.wait_until_indexed(60))
-    index = retried(lambda: space._index(True))
+    index = retried(lambda: space._index(True)).index
     assert index is not None
     rows = dict(retried(lambda: list(space.items())))
     assert set(index.keys()) == set(rows)
@@ -139,7 +139,7 @@ def test_transaction_ids_that_are_used_again_hide_nothing(hub, tmp_path):
                 connection.execute("SELECT pg_current_xact_id()")
                 raise ZeroDivisionError
         space.nearest_neighbors(1, vector=[0, 1], consistency="strong")
-    assert space._replica._copies["s"].watermark.xmax >= before + 500
+    assert space._replica._meant["s"].watermark.xmax >= before + 500
     kill_postgres(tmp_path / "data")
     retried(lambda: space.set("second", [5, 5]))
     after = retried(lambda: next_transaction(hub))

@@ -24,7 +24,7 @@ def space(hub):
     space.multiset(ROWS)
     space.wait_until_indexed(30)
     # The first save is what later starts begin from.
-    until(lambda: (copy := space._replica._copies["s"]).job is None and not copy.unsaved)
+    until(lambda: (copy := space._replica._meant["s"]).job is None and not copy.unsaved)
     return space
 
 
@@ -181,8 +181,8 @@ def test_a_restart_loads_the_saved_index_and_catches_up(connect, space, db, capl
     again.wait_until_indexed(30, watch=lambda progress: states.append(progress.state))
     assert ehub.State.BUILDING not in states
     assert keys(again, [70] * 8) == ["later"]
-    assert again._index(True).tombstones == 1
-    assert len(again._index(True)) == 400
+    assert again._index(True).index.tombstones == 1
+    assert len(again._index(True).index) == 400
     assert status(db)[0]["place"] == before["place"]
     assert not caplog.records
 
@@ -224,7 +224,7 @@ def test_a_state_that_the_database_does_not_know_is_compared(connect, space, db,
     db.execute("DELETE FROM ehub.change")
     again = connect().get_space("s")
     again.wait_until_indexed(30)
-    index = again._index(True)
+    index = again._index(True).index
     assert set(index.keys()) == set(table(db, "s"))
     assert keys(again, [80] * 8, 2) == ["k2", "later"]
     # Compared, not built: only what differed was touched.
@@ -252,7 +252,7 @@ def test_one_that_is_behind_the_trimmed_log_rebuilds(connect, space, db, caplog)
     again = connect().get_space("s")
     again.wait_until_indexed(30)
     assert keys(again, [70] * 8) == ["later"]
-    assert len(again._index(True)) == 401
+    assert len(again._index(True).index) == 401
 
 
 def test_the_log_is_kept_for_those_who_need_it_and_no_longer(space, db):
@@ -271,8 +271,8 @@ def test_tombstones_lead_to_a_rebuild_while_searches_go_on(space, db):
     for i in range(4):
         db.execute("UPDATE spaces.s SET embedding = embedding + %s::vector", [str([i + 1.0] * 8)])
         assert keys(space, table(db, "s")["k5"], consistency="strong") == ["k5"]
-    until(lambda: (i := space._index(False)) is not None and i.tombstones < 200)
-    assert set(space._index(True).keys()) == set(table(db, "s"))
+    until(lambda: (i := space._index(False)) is not None and i.index.tombstones < 200)
+    assert set(space._index(True).index.keys()) == set(table(db, "s"))
 
 
 def test_a_large_backlog_is_applied_beside_the_searches(space, db):
@@ -283,7 +283,7 @@ def test_a_large_backlog_is_applied_beside_the_searches(space, db):
     assert keys(space, [19_999, *[0] * 7], consistency="strong") == ["n19999"]
     assert time.monotonic() - started < 5
     space.wait_until_indexed(60)
-    assert len(space._index(True)) == 20_400
+    assert len(space._index(True).index) == 20_400
 
 
 def test_two_processes_share_a_folder_and_one_saves(connect, space, db, url, data_dir):

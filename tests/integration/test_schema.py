@@ -127,16 +127,24 @@ def test_few_functions_run_with_their_owners_rights(db):
     assert definers == [
         # They know who calls.
         ("candidates", True),
+        ("changed_since", True),
         ("deciding_keys", True),
+        ("hold_log", True),
+        ("images", True),
         ("lag", True),
         # They have nothing to tell that is not for everybody.
         ("log_change", False),
+        # For who knows the name that hold_log was given.
+        ("release_log", False),
         ("service_missing", False),
     ]
 
 
 def test_strangers_may_look_but_there_is_nothing_to_see(hub, db):
-    hub.create_space("a", 3)
+    space = hub.create_space("a", 3)
+    space.checkpoint("one")
+    space.create_version("v2")
+    space.promote("v2")
     name = "ehub_test_stranger"
     db.execute(f"CREATE ROLE {name}")
     try:
@@ -146,9 +154,17 @@ def test_strangers_may_look_but_there_is_nothing_to_see(hub, db):
             " AND c.relnamespace IN ('ehub'::regnamespace, 'ehub_data'::regnamespace,"
             " 'spaces'::regnamespace) AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1"
         ).fetchall()
-        assert tables == [("catalogue",), ("migration",), ("setting",), ("status",)]
-        assert db.execute("SELECT * FROM ehub.catalogue").fetchall() == []
-        assert db.execute("SELECT * FROM ehub.status").fetchall() == []
+        assert [name for (name,) in tables] == [
+            "catalogue",
+            "checkpoints",
+            "migration",
+            "promotions",
+            "setting",
+            "status",
+            "versions",
+        ]
+        for view in ("catalogue", "checkpoints", "promotions", "status", "versions"):
+            assert db.execute(f"SELECT * FROM ehub.{view}").fetchall() == []
     finally:
         db.execute("RESET ROLE")
         db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
