@@ -23,20 +23,10 @@ import typer
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import Conninfo
 from pythonjsonlogger.json import JsonFormatter
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import ehub
-from ehub import config, demo
+from ehub import config, demo, manage
 from ehub.database import Database
 from ehub.files import FORMATS, EmbeddingFile, Record
 from ehub.hub import open_database
@@ -44,6 +34,7 @@ from ehub.migrate import migrate as migrate_database
 from ehub.service import Service
 from ehub.service.run import tls_context
 from ehub.service.watchdog import Watchdog, supervise
+from ehub.terminal import Address, Json, Url, err, out, print_table, progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,20 +44,12 @@ app = typer.Typer(
     epilog="Without a URL: EHUB_DATABASE_URL, then PGHOST and the like, then the embedded "
     "Postgres in EHUB_DATA_DIR.",
 )
+app.add_typer(manage.app)
 _INTERRUPTED = 130
 _PORT, _PAGES_PORT = 6433, 9433
 _JSON_FIELDS = {"asctime": "time", "levelname": "level", "name": "logger"}
 
 _log = logging.getLogger("ehub")
-
-_out = Console(soft_wrap=True, highlight=False)
-_err = Console(stderr=True, highlight=False)
-
-_Url = Annotated[
-    str | None, typer.Option("--database", "-d", metavar="URL", help="postgresql://user@host/db")
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_Space = Annotated[str, typer.Argument(metavar="SPACE", show_default=False)]
 
 
 def _print_version(wanted: bool) -> None:
@@ -105,13 +88,13 @@ def migrate(
     finally:
         database.close()
     what = "has the ehub schema of this release now" if done else "is up to date"
-    _out.print(f"{database.target.describe()} {what}")
+    out.print(f"{database.target.describe()} {what}")
 
 
 @app.command()
 def load(
     file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
-    space: _Space,
+    space: Address,
     metric: Annotated[
         str | None, typer.Option(help="For a new space: l2, cosine or ip.", show_default="l2")
     ] = None,
@@ -121,7 +104,10 @@ def load(
     key: Annotated[str | None, typer.Option(help="The column of keys.")] = None,
     vector: Annotated[str | None, typer.Option(help="The column of vectors.")] = None,
     keys: Annotated[Path | None, typer.Option(help="For npy: a file with a key a line.")] = None,
-    url: _Url = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Make one of the state just before.")
+    ] = None,
+    url: Url = None,
 ) -> None:
     """Load a file of embeddings into a space, all or nothing; makes the space if need be.
 
@@ -134,7 +120,7 @@ def load(
         raise ehub.InvalidFileError(f"{file} holds no embeddings")
     with ehub.connect(url, index="none") as hub:
         try:
-            target, made = hub.get_space(space), False
+            target, made = hub.resolve(space), False
         except ehub.SpaceNotFoundError:
             dims = np.size(np.asarray(first[1]))
             target, made = hub.create_space(space, dims, metric or "l2"), True  # type: ignore[arg-type]
@@ -142,20 +128,24 @@ def load(
             raise ehub.InvalidValueError(f"space {space!r} has metric {target.metric}")
         try:
             started = time.monotonic()
-            rows = _load(target, source, first, records)
+            rows = _load(target, source, first, records, checkpoint)
         except BaseException:
             if made:
                 hub.delete_space(space)
             raise
         seconds = time.monotonic() - started
-        _out.print(
+        out.print(
             f"{rows:,} rows of {target.dims} dims in {seconds:.1f} s ({rows / seconds:,.0f} rows/s)"
             f" into space {space}"
         )
 
 
 def _load(
-    target: ehub.Space, source: EmbeddingFile, first: Record, records: Iterator[Record]
+    target: ehub.Space | ehub.Version,
+    source: EmbeddingFile,
+    first: Record,
+    records: Iterator[Record],
+    checkpoint: str | None,
 ) -> int:
     columns = (
         TextColumn("{task.description}"),
@@ -165,24 +155,24 @@ def _load(
         TimeRemainingColumn(),
     )
     started = time.monotonic()
-    with _progress(*columns) as progress:
-        task = progress.add_task("reading", total=1.0, rate="")
+    with progress(*columns) as bars:
+        task = bars.add_task("reading", total=1.0, rate="")
 
         def counted() -> Iterator[Record]:
             yield first
             for rows, record in enumerate(records, 2):
                 if rows % 1000 == 0:
                     rate = f"{rows / (time.monotonic() - started):,.0f} rows/s"
-                    progress.update(task, completed=source.progress(), rate=rate)
+                    bars.update(task, completed=source.progress(), rate=rate)
                 yield record
-            progress.update(task, description="storing", total=None, rate="")
+            bars.update(task, description="storing", total=None, rate="")
 
-        return target.multiset(counted())
+        return target.multiset(counted(), checkpoint=checkpoint)
 
 
 @app.command()
 def query(
-    space: _Space,
+    space: Address,
     what: Annotated[
         str,
         typer.Argument(
@@ -193,12 +183,12 @@ def query(
     ],
     k: Annotated[int, typer.Option("-k", help="How many neighbours.")] = 10,
     metadata: Annotated[bool, typer.Option("--metadata", help="Show metadata.")] = False,
-    as_json: _Json = False,
-    url: _Url = None,
+    as_json: Json = False,
+    url: Url = None,
 ) -> None:
     """Find the nearest neighbours of a key or a vector, exactly."""
     with ehub.connect(url, index="none") as hub:
-        target = hub.get_space(space)
+        target = hub.resolve(space)
         lines = (line.rstrip("\n") for line in sys.stdin) if what == "-" else iter([what])
         for line in lines:
             if line:
@@ -213,7 +203,9 @@ def query(
                     _print_neighbors(found, metadata, title=line if what == "-" else None)
 
 
-def _query(space: ehub.Space, text: str, k: int, metadata: bool) -> list[ehub.Neighbor]:
+def _query(
+    space: ehub.Space | ehub.Version, text: str, k: int, metadata: bool
+) -> list[ehub.Neighbor]:
     if text.lstrip().startswith("["):
         try:
             vector = json.loads(text)
@@ -230,11 +222,11 @@ def _print_neighbors(found: list[ehub.Neighbor], metadata: bool, title: str | No
         + ([json.dumps(neighbor.metadata, ensure_ascii=False)] if metadata else [])
         for neighbor in found
     ]
-    _print_table(["key", "distance", *(["metadata"] if metadata else [])], rows, title)
+    print_table(["key", "distance", *(["metadata"] if metadata else [])], rows, title)
 
 
 @app.command()
-def spaces(as_json: _Json = False, url: _Url = None) -> None:
+def spaces(as_json: Json = False, url: Url = None) -> None:
     """List the spaces."""
     with ehub.connect(url, index="none") as hub:
         rows = [
@@ -244,16 +236,16 @@ def spaces(as_json: _Json = False, url: _Url = None) -> None:
     if as_json:
         print(json.dumps(rows))
     elif rows:
-        _print_table(
+        print_table(
             list(rows[0]),
             [[*map(str, [r["space"], r["dims"], r["metric"]]), f"{r['rows']:,}"] for r in rows],
         )
     else:
-        _out.print("no spaces yet: ehub load FILE SPACE, or ehub.connect().create_space(…)")
+        out.print("no spaces yet: ehub load FILE SPACE, or ehub.connect().create_space(…)")
 
 
 @app.command()
-def status(as_json: _Json = False, url: _Url = None) -> None:
+def status(as_json: Json = False, url: Url = None) -> None:
     """Show every space, and every copy of its index: state, lag, memory, recall."""
     with ehub.connect(url, index="none") as hub:
         rows = hub.status()
@@ -269,7 +261,7 @@ def status(as_json: _Json = False, url: _Url = None) -> None:
             recall = f"{row['recall']:.3f} ({recall})"
         table.append(
             [
-                row["space"],
+                row["space"] if row["current"] else f"{row['space']}@{row['version']}",
                 f"{row['rows']:,}",
                 str(row["dims"]),
                 row["metric"],
@@ -281,29 +273,29 @@ def status(as_json: _Json = False, url: _Url = None) -> None:
                 row["place"] or "",
             ]
         )
-    _print_table(columns, table)
+    print_table(columns, table)
     for row in rows:
         if row["last_error"]:
-            _out.print(f"{row['space']} at {row['place']}: {row['last_error']}")
+            out.print(f"{row['space']} at {row['place']}: {row['last_error']}")
 
 
 @app.command()
-def index(space: _Space, url: _Url = None) -> None:
+def index(space: Address, url: Url = None) -> None:
     """Build or load the index of a space on this machine, bring it up to date and save it."""
     with ehub.connect(url) as hub:
-        target = hub.get_space(space)
+        target = hub.resolve(space)
         started = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        with _progress(*columns, TimeRemainingColumn()) as progress:
-            task = progress.add_task("waiting", total=None)
+        with progress(*columns, TimeRemainingColumn()) as bars:
+            task = bars.add_task("waiting", total=None)
 
             def watch(now: ehub.Progress) -> None:
-                progress.update(
+                bars.update(
                     task, description=str(now.state), completed=now.done, total=now.total or None
                 )
 
             target.wait_until_indexed(watch=watch)
-        _out.print(f"the index of {space} is ready after {time.monotonic() - started:.1f} s")
+        out.print(f"the index of {space} is ready after {time.monotonic() - started:.1f} s")
 
 
 @app.command()
@@ -320,7 +312,7 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(help="A certificate, to offer TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, if it is not in there.")] = None,
     log_format: Annotated[str, typer.Option(help="json or text.")] = "json",
-    url: _Url = None,
+    url: Url = None,
 ) -> None:
     """Run the index service: it keeps the indexes of all spaces, and Postgres asks it."""
     _log_as(log_format)
@@ -344,7 +336,7 @@ def serve(
             while not stop.wait(0.1):
                 if service.ready():
                     _notify_ready()
-                    _out.print(f"ready: {service.address}, pages at {service.pages or 'no port'}")
+                    out.print(f"ready: {service.address}, pages at {service.pages or 'no port'}")
                     stop.wait()
             _log.info("stopping: saving the indexes")
             # Which may take as long as it takes.
@@ -365,20 +357,20 @@ def install_service(
         typer.Option("--direct", help="On another host, with neither proxy nor tunnel between."),
     ] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Undo it.")] = False,
-    url: _Url = None,
+    url: Url = None,
 ) -> None:
     """Tell a database where its index service is; needs dblink, or the right to create it."""
     with contextlib.closing(open_database(url)) as database, database.connection() as connection:
         if remove:
             connection.execute("SELECT ehub.uninstall_service()")
-            _out.print("searches in SQL are exact from now on")
+            out.print("searches in SQL are exact from now on")
             return
         place = config.Address.parse(address, _PORT)
         connection.execute(
             "SELECT ehub.install_service(%s, %s::int, %s, %s, %s)",
             [place.host, place.port, sslmode, sslrootcert, direct],
         )
-        _out.print(f"{database.target.describe()} asks the index service at {place}")
+        out.print(f"{database.target.describe()} asks the index service at {place}")
 
 
 def _use_huge_pages() -> None:
@@ -412,7 +404,7 @@ def _notify_ready() -> None:
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def psql(context: typer.Context, url: _Url = None) -> None:
+def psql(context: typer.Context, url: Url = None) -> None:
     """Open psql on the database; what follows is passed on to it."""
     database = Database(config.resolve(url))
     try:
@@ -431,14 +423,14 @@ def psql(context: typer.Context, url: _Url = None) -> None:
 
 
 @app.command("demo")
-def show_demo(url: _Url = None) -> None:
+def show_demo(url: Url = None) -> None:
     """Load the documentation of Python's standard library and search it by meaning."""
     started = time.monotonic()
     with ehub.connect(url) as hub:
-        _out.print(f"[bold]1.[/] connected: {hub}".replace("<Hub: ", "").rstrip(">"))
+        out.print(f"[bold]1.[/] connected: {hub}".replace("<Hub: ", "").rstrip(">"))
         documents = list({document.name: document for document in demo.documents()}.values())
         embedder = demo.Embedder([f"{d.name} {d.name} {d.text}" for d in documents])
-        _out.print(f"[bold]2.[/] {len(documents):,} docstrings, made into vectors of {demo.DIMS}")
+        out.print(f"[bold]2.[/] {len(documents):,} docstrings, made into vectors of {demo.DIMS}")
         if "stdlib" in (space.name for space in hub.spaces()):
             space = hub.get_space("stdlib")
         else:
@@ -447,32 +439,32 @@ def show_demo(url: _Url = None) -> None:
             (d.name, vector, {"kind": d.kind, "summary": d.summary[:200]})
             for d, vector in zip(documents, embedder.vectors, strict=True)
         )
-        _out.print(f"[bold]3.[/] {rows:,} rows are in space stdlib")
+        out.print(f"[bold]3.[/] {rows:,} rows are in space stdlib")
         space.wait_until_indexed()
-        _out.print("[bold]4.[/] the index is ready; from Python:")
+        out.print("[bold]4.[/] the index is ready; from Python:")
         for text in (
             "read a zip archive",
             "wait for several threads",
             "parse command line options",
         ):
-            _out.print(f'\n   space.nearest_neighbors(3, vector=embed("{text}"))', style="cyan")
+            out.print(f'\n   space.nearest_neighbors(3, vector=embed("{text}"))', style="cyan")
             for near in space.nearest_neighbors(3, vector=embedder.embed(text), metadata=True):
                 summary = (near.metadata or {})["summary"]
-                _out.print(f"   {near.distance:.3f}  {near.key:<40.40}  {summary:.60}")
+                out.print(f"   {near.distance:.3f}  {near.key:<40.40}  {summary:.60}")
         statement = (
             "SELECT key, metadata->>'summary' FROM spaces.stdlib\n"
             "   ORDER BY embedding <=> (SELECT embedding FROM spaces.stdlib WHERE key = 'json')\n"
             "   LIMIT 4"
         )
-        _out.print("\n[bold]5.[/] and from SQL, in any client:\n")
-        _out.print(f"   {statement}", style="cyan", markup=False)
+        out.print("\n[bold]5.[/] and from SQL, in any client:\n")
+        out.print(f"   {statement}", style="cyan", markup=False)
         with psycopg.connect(hub.conninfo) as connection:
             for name, summary in connection.execute(statement.encode()):
-                _out.print(f"   {name:<40.40}  {summary:.60}", markup=False)
-        _out.print(
+                out.print(f"   {name:<40.40}  {summary:.60}", markup=False)
+        out.print(
             f"\nDone in {time.monotonic() - started:.0f} s. Data: {config.resolve(url).data_dir}"
         )
-    _out.print("Go on with:")
+    out.print("Go on with:")
     program = "ehub" if os.environ.get("VIRTUAL_ENV") else f"{Path(sys.argv[0])}"
     for command, what in (
         ("query stdlib zipfile --metadata", "neighbours of a key"),
@@ -480,12 +472,7 @@ def show_demo(url: _Url = None) -> None:
         ("psql", "SQL; \\d spaces.stdlib shows the view"),
         ("load FILE SPACE", "your own embeddings"),
     ):
-        _out.print(f"  {program} {command:<34} {what}", markup=False)
-
-
-def _progress(*columns: ProgressColumn) -> Progress:
-    # Where nobody looks, not even its blank last line.
-    return Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal)
+        out.print(f"  {program} {command:<34} {what}", markup=False)
 
 
 def _libpq_environment(conninfo: str) -> dict[str, str]:
@@ -499,13 +486,6 @@ def _libpq_environment(conninfo: str) -> dict[str, str]:
     return {variables[name]: str(value) for name, value in given if name in variables}
 
 
-def _print_table(columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
-    table = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    _out.print(table)
-
-
 def _megabytes(size: int | None) -> str:
     return "" if size is None else f"{size / 1e6:,.1f} MB"
 
@@ -515,7 +495,7 @@ def main() -> None:
     try:
         app()
     except ehub.EhubError as error:
-        _err.print(f"error: {error}", markup=False)
+        err.print(f"error: {error}", markup=False)
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -523,5 +503,5 @@ def main() -> None:
     except SystemExit as end:
         # What typer makes of Ctrl-C, without a word.
         if end.code == _INTERRUPTED:
-            _err.print("interrupted")
+            err.print("interrupted")
         raise

@@ -205,6 +205,9 @@ def _translate(error: psycopg.Error, space: str | None) -> errors.EhubError:
     if own is not None:
         return own(text)
     if isinstance(error, pg.UndefinedTable) and space is not None:
+        name, at, version = space.partition("@")
+        if at:
+            return errors.VersionNotFoundError(f"space {name!r} has no version {version!r}")
         return errors.SpaceNotFoundError(f"there is no space {space!r}")
     if isinstance(error, pg.UndefinedTable | pg.UndefinedFunction | pg.InvalidSchemaName):
         return errors.SchemaError(f"{text}: has `ehub migrate` been run?")
