@@ -86,7 +86,8 @@ def load(path: Path) -> tuple[dict[str, Any], list[str], Matrix, list[str | None
         raise InvalidFileError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile) as error:
         raise InvalidFileError(f"{path} is damaged, or not a snapshot: {error}") from error
-    except (zlib.error, NotImplementedError) as error:
+    except (zlib.error, RuntimeError) as error:
+        # zipfile's words for methods and passwords that it was not told of.
         raise InvalidFileError(f"{path} is damaged: {error}") from error
     return about, keys, vectors, notes
 
@@ -115,7 +116,18 @@ def _write_numpy(
 
 
 def _read_numpy(path: Path) -> tuple[dict[str, Any], list[str], Matrix, list[str | None]]:
-    with np.load(path, allow_pickle=False) as parts:
+    with path.open("rb") as file:
+        # All checksums, before anything is made of what they are of.
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+        if bad is not None:
+            raise ValueError(f"the checksum of {bad} is another")
+        file.seek(0)
+        return _read_parts(file)
+
+
+def _read_parts(file: IO[bytes]) -> tuple[dict[str, Any], list[str], Matrix, list[str | None]]:
+    with np.load(file, allow_pickle=False) as parts:
         about = json.loads(parts["about"].tobytes())
         vectors = np.ascontiguousarray(parts["vectors"], np.float32)
         keys = _parted(parts["keys"], parts["key_ends"])

@@ -53,6 +53,7 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.refuse_key(space text, key text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RAISE EXCEPTION 'space % has no key %', quote_literal(space),
+    -- By the name of the space: which version was meant is often not what the caller has said.
+    RAISE EXCEPTION 'space % has no key %', quote_literal(split_part(space, '@', 1)),
         coalesce(quote_literal(left(key, 60)), 'NULL') USING ERRCODE = 'EH008';
 END $$;

@@ -369,9 +369,7 @@ class Copy:
         with contextlib.suppress(EhubError, psycopg.Error):
             with self._shared.database.connection() as connection:
                 if not self.owner:
-                    connection.execute(
-                        "SELECT ehub.forget_replica(%s, %s)", [self.id, self.entry.index_id]
-                    )
+                    self.forget(connection)
                 elif index is not None and watermark is not None and self.serving():
                     if self.unsaved:
                         finish = self.store.begin_save(
@@ -380,6 +378,10 @@ class Copy:
                         self._acknowledge(connection, watermark, uuid.UUID(finish().nonce))
                     self.reported = []
                     self._report(connection, time.monotonic())
+
+    def forget(self, connection: Connection) -> None:
+        """End its lease: the log need not be kept for it."""
+        connection.execute("SELECT ehub.forget_replica(%s, %s)", [self.id, self.entry.index_id])
 
     def drop(self, *, delete: bool) -> None:
         """Give up the folder; ``delete`` also what is saved there."""

@@ -88,6 +88,8 @@ class Replica:
         self._copies: dict[int, Copy] = {}
         self._meant: dict[str, Copy] = {}
         self._written: dict[str, set[int]] = {}
+        # Copies that are kept no more, and whose leases are to end.
+        self._gone: list[Copy] = []
         self._started = 0
         self._finished = 0
         # Before anything else where processes do not live long.
@@ -256,6 +258,9 @@ class Replica:
                 found = self._cycle(worker)
                 for copy in list(self._copies.values()):
                     copy.look_after(worker)
+                while self._gone:
+                    self._gone[-1].forget(worker)
+                    self._gone.pop()
                 self._trim(worker)
                 if failures:
                     _log.warning("the index follows the database again")
@@ -377,7 +382,9 @@ class Replica:
         entries = read_catalogue(worker, None if self._everything else self._wanted)
         kept = {entry.index_id for entry in entries}
         for index_id in self._copies.keys() - kept:
-            self._copies.pop(index_id).drop(delete=True)
+            copy = self._copies.pop(index_id)
+            copy.drop(delete=True)
+            self._gone.append(copy)
         meant = {}
         for entry in entries:
             copy = self._copies.get(entry.index_id)

@@ -43,7 +43,7 @@ def upgrade() -> None:
             name="promotion_from_version_id_fkey",
             ondelete="SET NULL",
         ),
-        sa.CheckConstraint("kind IN ('promote', 'rollback')", name="promotion_kind_check"),
+        sa.CheckConstraint("kind IN ('promote', 'rollback')", name=op.f("promotion_kind_check")),
         schema="ehub",
     )
     op.create_table(

@@ -291,7 +291,7 @@ def test_the_overlap_is_what_brute_force_says(space, second):
     assert diff.drift is None
     assert diff.moved_most == []
     queries = space.diff("v1", "v2", queries=V1[:4], later_queries=V2[:4], k=300)
-    assert queries.overlaps == {i: 1.0 for i in range(4)}
+    assert queries.overlaps == dict.fromkeys(range(4), 1.0)
     same = space.create_version("same", from_version="v1")
     assert space.diff("v1", same.name, queries=V1[:4]).overlap == 1
 

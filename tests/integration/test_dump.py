@@ -1,0 +1,94 @@
+"""pg_dump into another cluster: a whole hub comes out, and indexes notice where they are."""
+
+import subprocess
+
+import numpy as np
+import psycopg
+import pytest
+from oracle import check_neighbors
+
+import ehub
+from ehub.config import Target
+from ehub.database import Database
+
+ROWS = {f"k{i}": np.array([i, i % 7, 1], np.float32) for i in range(400)}
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with ehub.connect("embedded", data_dir=tmp_path / "here") as hub:
+        yield hub
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """The programs of another cluster, and its connection string."""
+    database = Database(Target(None, tmp_path / "elsewhere"))
+    yield database.embedded.bin_dir, database.conninfo()
+    database.close()
+
+
+def contents(rows):
+    return {key: (vector.tobytes(), note) for key, vector, note in rows.items(metadata=True)}
+
+
+def test_a_dump_is_a_whole_hub(hub, elsewhere, tmp_path):
+    programs, target = elsewhere
+    space = hub.create_space("items", 3)
+    space.multiset(ROWS, checkpoint="empty")
+    space.checkpoint("full")
+    space.delete("k1")
+    space.freeze()
+    second = space.create_version("v2", dims=2, metric="cosine")
+    second.multiset({"a": [1, 0], "b": [0, 1]})
+    space.promote("v2")
+    # Transaction ids that the other cluster has not reached, in the log and in what was trimmed.
+    with psycopg.connect(hub.conninfo, autocommit=True) as here:
+        for _ in range(3000):
+            here.execute("SELECT pg_current_xact_id()")
+        space.wait_until_indexed(30)
+        second.set("c", [1, 1])
+        here.execute("SELECT ehub.trim()")
+    second.set("d", [1, 2])
+    space.wait_until_indexed(30)
+    before = [contents(version) for version in space.versions()]
+
+    dump = tmp_path / "dump"
+    subprocess.run([programs / "pg_dump", "-Fc", "-f", dump, hub.conninfo], check=True)
+    subprocess.run([programs / "pg_restore", "--exit-on-error", "-d", target, dump], check=True)
+
+    with ehub.connect(target, data_dir=tmp_path / "data", index="local") as other:
+        (found,) = other.spaces()
+        assert [contents(version) for version in found.versions()] == before
+        assert found.current.name == "v2"
+        assert found.history()[0].to_version == "v2"
+        found.wait_until_indexed(30)
+        found.set("new", [5, 1])
+        assert found.nearest_neighbors(1, vector=[5, 1])[0].key == "new"
+        first = found.version("v1")
+        assert first.frozen
+        with pytest.raises(ehub.FrozenError):
+            first.set("x", [1, 2, 3])
+        assert [one.name for one in first.checkpoints()] == ["empty", "full"]
+        assert len(first.at("empty")) == 0
+        assert {key: v.tobytes() for key, v in first.at("full").items()} == {
+            key: v.tobytes() for key, v in ROWS.items()
+        }
+        found.rollback()
+        found.wait_until_indexed(30)
+        table = {key: vector for key, vector in ROWS.items() if key != "k1"}
+        near = found.nearest_neighbors(5, vector=[7, 7, 7])
+        check_neighbors(near, table, "l2", np.array([7, 7, 7]), 5)
+        with psycopg.connect(target, autocommit=True) as there:
+            # Its log is that of its own transactions.
+            (logged,) = there.execute("SELECT count(*) FROM ehub.change").fetchone()
+            assert logged <= 1
+            there.execute("SELECT ehub.trim()")
+            bound, now = there.execute(
+                "SELECT ehub.trimmed_below()::text::bigint, pg_current_xact_id()::text::bigint"
+            ).fetchone()
+            assert bound < now
+    # The first one goes on as if nothing had been.
+    second.set("e", [2, 1])
+    space.wait_until_indexed(30)
+    assert space.nearest_neighbors(1, vector=[2, 1])[0].key == "e"
