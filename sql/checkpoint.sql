@@ -54,10 +54,9 @@ BEGIN
                         SELECT FROM ehub_data.%2$I AS h
                         WHERE h.key = o.key AND h.checkpoint = latest
                     )
-                    ON CONFLICT DO NOTHING;
+                    UNION ALL
                     -- An update may change the key itself.
-                    INSERT INTO ehub_data.%2$I
-                    SELECT n.key, latest FROM new_rows AS n
+                    SELECT n.key, latest, NULL, NULL FROM new_rows AS n
                     WHERE n.key NOT IN (SELECT o.key FROM old_rows AS o)
                     ON CONFLICT DO NOTHING;
                 ELSIF TG_OP = 'INSERT' THEN

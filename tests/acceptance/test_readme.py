@@ -22,9 +22,15 @@ def blocks(language):
 def test_python(url, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EHUB_DATABASE_URL", url)
     monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
+    monkeypatch.chdir(tmp_path)
+    first, day = blocks("python")
+    exec(compile(first, "README.md", "exec"), {})
     assert "apple [1. 0. 0.]" in capsys.readouterr().out
+    names = {}
+    exec(compile(day, "README.md", "exec"), names)
+    assert "Written(written=1, deleted=0, conflicts=[])" in capsys.readouterr().out
+    assert len(names["diff"].removed) == 50
+    assert ehub.Snapshot.load("words.npz").get("word7").tolist() == [1] * 8
 
 
 def test_sql(hub, db):
@@ -43,6 +49,9 @@ def test_sql(hub, db):
         (2, "plum"),
         (2, "pear"),
     ]
+    assert answers[12] == [("apple", "changed", 1.0)]
+    assert [answer[0][:2] for answer in answers[14:16]] == [("v1", "v2"), ("v2", "v1")]
+    assert len(answers[19]) == 2
     assert hub.spaces() == []
 
 

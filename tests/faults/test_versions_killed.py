@@ -41,7 +41,9 @@ STATEMENTS = {
 def state(url):
     """All that such a statement may change, as one value."""
     with psycopg.connect(url, autocommit=True) as db:
-        (current,) = db.execute("SELECT version FROM ehub.catalogue WHERE space='s' AND current").fetchone()
+        (current,) = db.execute(
+            "SELECT version FROM ehub.catalogue WHERE space='s' AND current"
+        ).fetchone()
         values = db.execute("SELECT embedding::text, count(*) FROM spaces.s GROUP BY 1").fetchall()
         catalogue = db.execute(
             "SELECT space, version, rows, current, frozen FROM ehub.versions ORDER BY 1, 2"
