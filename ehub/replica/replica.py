@@ -382,9 +382,9 @@ class Replica:
         entries = read_catalogue(worker, None if self._everything else self._wanted)
         kept = {entry.index_id for entry in entries}
         for index_id in self._copies.keys() - kept:
-            copy = self._copies.pop(index_id)
-            copy.drop(delete=True)
-            self._gone.append(copy)
+            gone = self._copies.pop(index_id)
+            gone.drop(delete=True)
+            self._gone.append(gone)
         meant = {}
         for entry in entries:
             copy = self._copies.get(entry.index_id)
