@@ -118,26 +118,43 @@ def load(
     first = next(records, None)
     if first is None:
         raise ehub.InvalidFileError(f"{file} holds no embeddings")
-    with ehub.connect(url, index="none") as hub:
-        try:
-            target, made = hub.resolve(space), False
-        except ehub.SpaceNotFoundError:
-            dims = np.size(np.asarray(first[1]))
-            target, made = hub.create_space(space, dims, metric or "l2"), True  # type: ignore[arg-type]
+    dims = np.size(np.asarray(first[1]))
+    with (
+        ehub.connect(url, index="none") as hub,
+        _found_or_made(hub, space, dims, metric) as target,
+    ):
         if metric is not None and metric != target.metric:
             raise ehub.InvalidValueError(f"space {space!r} has metric {target.metric}")
-        try:
-            started = time.monotonic()
-            rows = _load(target, source, first, records, checkpoint)
-        except BaseException:
-            if made:
-                hub.delete_space(space)
-            raise
+        started = time.monotonic()
+        rows = _load(target, source, first, records, checkpoint)
         seconds = time.monotonic() - started
         out.print(
             f"{rows:,} rows of {target.dims} dims in {seconds:.1f} s ({rows / seconds:,.0f} rows/s)"
             f" into space {space}"
         )
+
+
+@contextlib.contextmanager
+def _found_or_made(
+    hub: ehub.Hub, address: str, dims: int, metric: str | None
+) -> Iterator[ehub.Space | ehub.Version]:
+    """Lend a space or version; a space that had to be made goes again if the rest fails."""
+    try:
+        found = hub.resolve(address)
+    except ehub.SpaceNotFoundError:
+        pass
+    else:
+        yield found
+        return
+    try:
+        yield hub.create_space(address, dims, metric or "l2")  # type: ignore[arg-type]
+    except ehub.SpaceExistsError:
+        raise
+    except BaseException:
+        # It may have been made, but an interrupt came before that was heard of.
+        with contextlib.suppress(ehub.SpaceNotFoundError):
+            hub.delete_space(address)
+        raise
 
 
 def _load(

@@ -225,6 +225,11 @@ DECLARE
     deadline timestamptz := clock_timestamp() + patience;
     owner bigint := (SELECT s.id FROM ehub.space AS s WHERE s.name = target.space);
     warm boolean := ehub.is_warm(target);
+    -- What the last switch has left need not be kept warm any longer, unless it is one of the two.
+    left_before bigint := (
+        SELECT nullif(nullif(p.from_version_id, current.version_id), target.version_id)
+        FROM ehub.promotion AS p WHERE p.space_id = owner ORDER BY p.id DESC LIMIT 1
+    );
 BEGIN
     PERFORM ehub.carry_rights(
         'ehub_data.v' || current.version_id, 'ehub_data.v' || target.version_id
@@ -243,8 +248,8 @@ BEGIN
         END;
     END LOOP;
     UPDATE ehub.space AS s SET current_version_id = target.version_id WHERE s.id = owner;
-    UPDATE ehub.version AS v SET warm = v.id IN (current.version_id, target.version_id)
-    WHERE v.space_id = owner;
+    UPDATE ehub.version AS v SET warm = v.id IS DISTINCT FROM left_before
+    WHERE v.id IN (left_before, current.version_id, target.version_id);
     INSERT INTO ehub.promotion (space_id, kind, from_version, to_version, from_version_id)
     VALUES (owner, $1, current.version, target.version, current.version_id);
     IF NOT warm THEN
