@@ -267,7 +267,7 @@ class Collection(Rows):
         if key is not None:
             return self._neighbors_of_key(values.as_key(key), count, metadata, strong)
         query = self._as_vector(vector, f"space {self._address!r}, query")
-        answering = self._index_for(query[None], strong)
+        answering = self._index_for_queries(strong)
         if answering is not None:
             found = answering.index.search(query[None], count)
             if found is not None:
@@ -297,7 +297,7 @@ class Collection(Rows):
         queries = self._as_matrix(vectors, f"space {self._address!r}, queries")
         if not len(queries):
             raise InvalidValueError("an empty batch: no vectors were given")
-        answering = self._index_for(queries, strong)
+        answering = self._index_for_queries(strong)
         if answering is not None:
             found = answering.index.search(queries, count)
             if found is not None:
@@ -431,14 +431,15 @@ class Collection(Rows):
         self._replica.follow(self._address)
         return self._replica.index(self._address, strong=strong)
 
-    def _index_for(self, queries: Matrix, strong: bool) -> Answering | None:
-        """Return the index for queries that were checked for the version that was meant then."""
+    def _index_for_queries(self, strong: bool) -> Answering | None:
+        """Return the index if it is of the shape that queries were checked for."""
         found = self._index(strong)
         if found is None or (found.index.dims, found.index.metric) == (self.dims, self.metric):
             return found
-        # Another version has been promoted, or the space was made anew.
+        # Another version has been promoted, or the space was made anew: what these queries were
+        # checked for says nothing of its metric. Postgres checks them anew, this once.
         self._read_shape()
-        return found if found.index.dims == queries.shape[1] else None
+        return None
 
     def _neighbors_of_key(self, key: str, k: int, metadata: bool, strong: bool) -> list[Neighbor]:
         answering = self._index(strong)

@@ -261,7 +261,9 @@ class Space(Collection):
                     f"as many queries in the form of either version are needed, not {len(asked)}"
                     f" and {len(answered)}"
                 )
-            return found._replace(overlaps=self._overlap_of_queries(addresses, asked, answered, k))
+            return found._replace(
+                overlaps=self._overlap_of_queries(addresses, asked, answered, count)
+            )
         chosen = None if keys is None else values.as_keys(keys)
         with self._database.connection(self._address) as connection:
             rows = connection.execute(

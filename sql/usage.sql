@@ -51,5 +51,7 @@ GRANT EXECUTE ON FUNCTION
     ehub.service_missing,
     ehub.set,
     ehub.shared,
-    ehub.stage
+    ehub.stage,
+    ehub.stop_writers,
+    ehub.write_staged
 TO PUBLIC;

@@ -242,6 +242,8 @@ def test_a_load_that_is_interrupted_leaves_nothing(run, url, data_dir, tmp_path)
         env={**os.environ, "EHUB_DATA_DIR": str(data_dir)},
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever runs the tests in the background may ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process, psycopg.connect(url, autocommit=True) as connection:
         deadline = time.monotonic() + 60

@@ -8,6 +8,7 @@ out as queries.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +35,19 @@ def main() -> None:
     parser.add_argument("--builds", type=int, default=1, help="how often each index is built")
     parser.add_argument("--repeats", type=int, default=7, help="how often the rest is measured")
     arguments = parser.parse_args()
+    with data_folder() as folder:
+        run(arguments, folder)
+
+
+@contextlib.contextmanager
+def data_folder() -> Iterator[Path]:
+    """Lend a folder whose ``data`` holds the embedded Postgres and index files of this run."""
     with tempfile.TemporaryDirectory(prefix="ehub-bench-") as name:
         folder = Path(name)
         # The embedded server runs as a user of its own where this one is root.
         folder.chmod(0o755)
         os.environ["EHUB_DATA_DIR"] = str(folder / "data")
-        run(arguments, folder)
+        yield folder
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:

@@ -7,18 +7,16 @@ repeated, and medians are given.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psycopg
-from bench import K, child, report
+from bench import K, child, data_folder, report
 
 BATCH = 5000
 SMALL = 10_000
@@ -30,11 +28,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="embeddings in GloVe's text form")
     parser.add_argument("--repeats", type=int, default=7, help="how often each is measured")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ehub-bench-") as name:
-        folder = Path(name)
-        # The embedded server runs as a user of its own where this one is root.
-        folder.chmod(0o755)
-        os.environ["EHUB_DATA_DIR"] = str(folder / "data")
+    with data_folder() as folder:
         run(arguments, folder)
 
 

@@ -453,6 +453,10 @@ def test_roles_with_fewer_rights(space, db, url):
             assert snapshot.refresh() == (1, False)
             with pytest.raises(ehub.AccessDeniedError):
                 snapshot.overwrite_space("items", on_conflict="ours")
+            db.execute("GRANT INSERT, UPDATE, DELETE ON ehub_data.v1 TO ehub_test_reader")
+            fork = snapshot.fork()
+            fork.set("k2", [4] * 8)
+            assert fork.write_to_space("items") == (1, 0, [])
             db.execute(
                 "ALTER TABLE ehub_data.v1 ENABLE ROW LEVEL SECURITY;"
                 " CREATE POLICY part ON ehub_data.v1 TO ehub_test_reader USING (key < 'k2')"
