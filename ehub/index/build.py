@@ -43,7 +43,8 @@ def build_index(
     """
     index = HnswIndex(vectors.shape[1], metric, M, ef_construction, capacity=len(keys))
     order = _outliers_first(vectors, metric)
-    for start in range(0, len(order), _SHELL):
+    # The outermost shell stays as it is: there each row may be alone.
+    for start in range(_SHELL, len(order), _SHELL):
         shell = order[start : start + _SHELL]
         order[start : start + _SHELL] = shell[_near_together(_comparable(vectors[shell], metric))]
     held_out = rows_to_hold_out(len(keys))
