@@ -583,13 +583,18 @@ class Collection(Rows):
             self._replica.wrote(self._address, row[0])
 
     def _read_shape(self) -> _Shape:
+        space, at, version = self._address.partition("@")
         with self._database.connection(self._address) as connection:
             row = connection.execute(
                 "SELECT version, dims, metric, m, ef_construction, target_recall, frozen"
-                " FROM ehub.require_space(%s)",
-                [self._address],
+                " FROM ehub.catalogue"
+                " WHERE space = %s AND CASE WHEN %s THEN version = %s ELSE current END",
+                [space, bool(at), version],
             ).fetchone()
-        assert row is not None  # noqa: S101 - what is not there raises
+            if row is None:
+                # It knows what is missing, and says it.
+                connection.execute("SELECT ehub.require_space(%s)", [self._address])
+        assert row is not None  # noqa: S101 - else that has raised
         self._shape = _Shape(*row)
         return self._shape
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from psycopg import sql
 
-from ehub import archive, values
+from ehub import values
 from ehub.binary import COPY_HEADER, COPY_TRAILER, decode_rows_with_notes, encode_rows
 from ehub.database import Connection, Database, repeatable_read
 from ehub.errors import (
@@ -498,6 +498,8 @@ class Snapshot:
             InvalidFileError: another suffix, or the file cannot be written.
             DependencyError: pyarrow is not installed.
         """
+        from ehub import archive
+
         rows = self._rows()
         description = {**dataclasses.asdict(self._source), "address": self._address}
         archive.save(Path(path), description, rows.keys, rows.vectors, rows.notes)
@@ -515,6 +517,9 @@ class Snapshot:
     @classmethod
     def load_for(cls, database: Database | None, path: str | os.PathLike[str]) -> Snapshot:
         """Read as :meth:`load` does, and know a database to refresh from and to write to."""
+        # Loaded only where it is used: starts are to be quick.
+        from ehub import archive
+
         description, keys, vectors, notes = archive.load(Path(path))
         address = description.pop("address")
         return cls(Source(**description), Block(keys, vectors, notes), database, address)

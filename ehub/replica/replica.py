@@ -302,14 +302,16 @@ class Replica:
             worker.execute("SET lock_timeout = '500ms'")
             row = worker.execute(
                 "SELECT pg_is_in_recovery(), (SELECT system_identifier FROM pg_control_system()),"
-                " (SELECT oid::bigint FROM pg_database WHERE datname = current_database())"
+                " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()),"
+                " (SELECT value FROM ehub.setting WHERE name = 'system')"
             ).fetchone()
             assert row is not None  # noqa: S101 - a select without from
-            standby, system, database = row
+            standby, system, database, known = row
             if standby:
                 # Its snapshots do not say which transactions run on the primary.
                 raise UnavailableError("a standby has no watermarks to follow; searches are exact")
-            worker.execute("SELECT ehub.recognise(%s, %s)", [system, database])
+            if known != f"{system}/{database}":
+                worker.execute("SELECT ehub.recognise(%s, %s)", [system, database])
             # Copies say what they equal only after they were brought there over this connection.
             for copy in self._copies.values():
                 copy.forget_stamp()
