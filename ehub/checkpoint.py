@@ -12,7 +12,7 @@ from psycopg import sql
 from ehub import values
 from ehub.binary import VectorParameter
 from ehub.database import Database
-from ehub.errors import InvalidValueError, ReadOnlyError
+from ehub.errors import ReadOnlyError
 from ehub.rows import Rows
 from ehub.types import Metric, Neighbor, Vector
 
@@ -71,8 +71,7 @@ class Checkpoint(Rows):
             InvalidValueError: ``k``, the vector, or not just one of ``key`` and ``vector``.
         """
         count = values.as_count(k)
-        if (key is None) == (vector is None):
-            raise InvalidValueError("give either key= or vector=, and not both")
+        values.require_one_of(key, vector)
         if key is not None:
             return self._nearest(self.get(key), count, metadata, key)
         query = values.as_vector(
@@ -89,11 +88,9 @@ class Checkpoint(Rows):
             InvalidValueError: ``k``, a vector, which is named by its row, or no vectors at all.
         """
         count = values.as_count(k)
-        queries = values.as_matrix(
-            vectors, self._dims, self._metric, f"space {self._address!r}, queries"
+        queries = values.require_some(
+            values.as_matrix(vectors, self._dims, self._metric, f"space {self._address!r}, queries")
         )
-        if not len(queries):
-            raise InvalidValueError("an empty batch: no vectors were given")
         return [self._nearest(query, count, metadata, None) for query in queries]
 
     def _nearest(

@@ -12,12 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 from psycopg import sql
 
 from ehub import values
-from ehub.binary import COPY_HEADER, COPY_TRAILER, VectorParameter, VectorsParameter, encode_rows
+from ehub.binary import VectorParameter, VectorsParameter
 from ehub.checkpoint import Checkpoint, CheckpointInfo
-from ehub.database import Connection, Database
+from ehub.database import Connection, Database, copy_rows
 from ehub.errors import (
     ConfigurationError,
-    InvalidNameError,
     InvalidValueError,
     ServiceError,
     WaitTimeoutError,
@@ -262,8 +261,7 @@ class Collection(Rows):
         """
         count = values.as_count(k)
         strong = self._strong(consistency)
-        if (key is None) == (vector is None):
-            raise InvalidValueError("give either key= or vector=, and not both")
+        values.require_one_of(key, vector)
         if key is not None:
             return self._neighbors_of_key(values.as_key(key), count, metadata, strong)
         query = self._as_vector(vector, f"space {self._address!r}, query")
@@ -294,9 +292,7 @@ class Collection(Rows):
         """
         count = values.as_count(k)
         strong = self._strong(consistency)
-        queries = self._as_matrix(vectors, f"space {self._address!r}, queries")
-        if not len(queries):
-            raise InvalidValueError("an empty batch: no vectors were given")
+        queries = values.require_some(self._as_matrix(vectors, f"space {self._address!r}, queries"))
         answering = self._index_for_queries(strong)
         if answering is not None:
             found = answering.index.search(queries, count)
@@ -343,7 +339,7 @@ class Collection(Rows):
             InvalidNameError: not 1 to 60 letters, digits, ``_``, ``-`` or ``.``.
             CheckpointExistsError: there is one of that name.
         """
-        self._call("checkpoint", _as_name(name))
+        self._call("checkpoint", values.as_name("a checkpoint", name))
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """Return the checkpoints, the oldest first."""
@@ -365,7 +361,7 @@ class Collection(Rows):
         with self._database.connection(self._address) as connection:
             connection.execute(
                 "SELECT ehub.require_checkpoint(ehub.require_space(%s), %s)",
-                [address, _as_name(name)],
+                [address, values.as_name("a checkpoint", name)],
             )
         return Checkpoint(address, name, self.dims, self.metric, self._database)
 
@@ -382,7 +378,7 @@ class Collection(Rows):
             row = connection.execute(
                 "SELECT written, deleted, pg_current_xact_id()::text::bigint"
                 " FROM ehub.restore(%s, %s)",
-                [self._address, _as_name(name)],
+                [self._address, values.as_name("a checkpoint", name)],
             ).fetchone()
         assert row is not None  # noqa: S101 - the function returns a row
         self._wrote(row[2:])
@@ -394,7 +390,7 @@ class Collection(Rows):
         Raises:
             CheckpointNotFoundError: there is none of that name.
         """
-        self._call("drop_checkpoint", _as_name(name))
+        self._call("drop_checkpoint", values.as_name("a checkpoint", name))
 
     def freeze(self) -> None:
         """Refuse every write from now on: by whomever, by whatever way, for good."""
@@ -531,15 +527,7 @@ class Collection(Rows):
     ) -> int:
         with self._database.connection(self._address) as connection, connection.transaction():
             connection.execute("SELECT ehub.stage()")
-            rows = 0
-            statement = "COPY pg_temp.ehub_staging (key, embedding, metadata) FROM STDIN BINARY"
-            with connection.cursor().copy(statement) as copy:
-                copy.write(COPY_HEADER)
-                for keys, matrix, notes in batches:
-                    rows += len(keys)
-                    copy.write(encode_rows(keys, matrix, notes))
-                copy.write(COPY_TRAILER)
-            if not rows:
+            if not copy_rows(connection, "ehub_staging", batches):
                 raise InvalidValueError("an empty batch: no embeddings were given")
             if checkpoint is not None:
                 connection.execute("SELECT ehub.checkpoint(%s, %s)", [self._address, checkpoint])
@@ -625,9 +613,3 @@ class Collection(Rows):
         if consistency not in ("replica", "strong"):
             raise InvalidValueError(f"consistency is 'replica' or 'strong', not {consistency!r}")
         return consistency == "strong"
-
-
-def _as_name(name: object) -> str:
-    if not isinstance(name, str) or "\0" in name:
-        raise InvalidNameError(f"a name is a string without NUL, not {name!r}")
-    return name

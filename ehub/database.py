@@ -5,17 +5,26 @@ from __future__ import annotations
 import contextlib
 import select
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import errors as pg
+from psycopg import sql
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from ehub import errors
-from ehub.binary import VectorDumper, VectorParameter, VectorsParameter
+from ehub.binary import (
+    COPY_HEADER,
+    COPY_TRAILER,
+    VectorDumper,
+    VectorParameter,
+    VectorsParameter,
+    encode_rows,
+)
 from ehub.config import Target
 from ehub.embedded import EmbeddedPostgres
+from ehub.types import Matrix
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
@@ -156,6 +165,27 @@ class Database:
                     open=True,
                 )
             return self._pool
+
+
+def copy_rows(
+    connection: Connection,
+    table: str,
+    batches: Iterable[tuple[Sequence[str], Matrix, Sequence[str | None] | None]],
+) -> int:
+    """Copy keys, vectors and metadata into a table ``(key, embedding, metadata)`` of the session.
+
+    A batch is keys, float32 of shape ``(n, dims)`` and JSON text or None for each. Returns the
+    number of rows.
+    """
+    rows = 0
+    statement = sql.SQL("COPY pg_temp.{} (key, embedding, metadata) FROM STDIN BINARY")
+    with connection.cursor().copy(statement.format(sql.Identifier(table))) as copy:
+        copy.write(COPY_HEADER)
+        for keys, vectors, notes in batches:
+            rows += len(keys)
+            copy.write(encode_rows(keys, vectors, notes))
+        copy.write(COPY_TRAILER)
+    return rows
 
 
 @contextlib.contextmanager

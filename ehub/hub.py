@@ -8,7 +8,7 @@ from typing import Any, Literal, SupportsIndex, overload
 
 from ehub import config, resources, values
 from ehub.database import SCHEMA_REVISION, Database
-from ehub.errors import ConfigurationError, InvalidNameError, SchemaError
+from ehub.errors import ConfigurationError, SchemaError
 from ehub.replica import Replica
 from ehub.snapshot import Snapshot
 from ehub.space import Space, Version
@@ -53,10 +53,8 @@ class Hub:
             InvalidValueError: another value; the message names it and its limits.
             SpaceExistsError: there is one of that name.
         """
-        if not isinstance(name, str) or "\0" in name:
-            raise InvalidNameError(f"a space's name is a string without NUL, not {name!r}")
         parameters = [
-            name,
+            values.as_name("a space", name),
             values.as_whole("dims", dims),
             str(metric),
             values.as_whole("M", M),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias, cast, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from psycopg import sql
+from numpy.typing import ArrayLike
 
 from ehub import values
-from ehub.binary import COPY_HEADER, COPY_TRAILER, decode_rows_with_notes, encode_rows
-from ehub.database import Connection, Database, repeatable_read
+from ehub.database import Connection, Database, copy_rows
+from ehub.download import Block, Lease, Source, download, identity, news
 from ehub.errors import (
     ConfigurationError,
     ConflictError,
@@ -28,17 +26,13 @@ from ehub.errors import (
     ReadOnlyError,
     WaitTimeoutError,
 )
-from ehub.index import HnswIndex, build_index
-from ehub.index.exact import brute_force, nearest_among, pgvector_distances, unit
+from ehub.index import HnswIndex, build_index, nearest_of_all
 from ehub.types import Matrix, Metadata, Metric, Neighbor, Vector
 
 OnConflict: TypeAlias = Literal["error", "ours", "theirs"]
 """Of rows that somebody else has changed: nothing is written; ours are; theirs stay."""
 
 _COPY_ROWS = 5000
-_EXACT_ROWS = 8192
-# Exact search selects by a formula that loses digits; so many more are compared with all of them.
-_SPARE = 16
 
 
 class Refreshed(NamedTuple):
@@ -54,38 +48,6 @@ class Written(NamedTuple):
     written: int
     deleted: int
     conflicts: list[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What a snapshot was taken of, and how it would be indexed and named."""
-
-    space: str
-    version: str
-    version_id: int
-    dims: int
-    metric: Metric
-    M: int
-    ef_construction: int
-    target_recall: float
-    # What tells the database from all others.
-    identity: str
-
-
-class Block(NamedTuple):
-    """Rows: keys, float32 of shape ``(n, dims)``, JSON text or None for ``{}``."""
-
-    keys: list[str]
-    vectors: Matrix
-    notes: list[str | None]
-
-
-class _Lease(NamedTuple):
-    """What the database keeps the change log by, from the instant of the rows on."""
-
-    id: uuid.UUID
-    nonce: uuid.UUID | None
-    watermark: str
 
 
 # What a fork has put in the place of a row: a vector with its metadata, or nothing.
@@ -106,7 +68,7 @@ class Snapshot:
         block: Block,
         database: Database | None = None,
         address: str | None = None,
-        lease: _Lease | None = None,
+        lease: Lease | None = None,
         writable: bool = False,
     ) -> None:
         block.vectors.flags.writeable = False
@@ -136,7 +98,7 @@ class Snapshot:
         watch: Callable[[int, int], None] | None = None,
     ) -> Snapshot:
         """Download a space or a version of it; see ``space.download_snapshot()``."""
-        source, block, lease = _download(database, address, uuid.uuid4(), watch)
+        source, block, lease = download(database, address, uuid.uuid4(), watch)
         return cls(source, block, database, address, lease)
 
     # --- what it is
@@ -279,8 +241,7 @@ class Snapshot:
             InvalidValueError: ``k``, the vector, or not just one of ``key`` and ``vector``.
         """
         count = values.as_count(k)
-        if (key is None) == (vector is None):
-            raise InvalidValueError("give either key= or vector=, and not both")
+        values.require_one_of(key, vector)
         if key is not None:
             (found,) = self._nearest(self._row(key)[0][None], count + 1)
             near = [one for one in found if one.key != key][:count]
@@ -298,9 +259,9 @@ class Snapshot:
             InvalidValueError: ``k``, a vector, which is named by its row, or no vectors at all.
         """
         count = values.as_count(k)
-        queries = values.as_matrix(vectors, self.dims, self.metric, f"{self._place}, queries")
-        if not len(queries):
-            raise InvalidValueError("an empty batch: no vectors were given")
+        queries = values.require_some(
+            values.as_matrix(vectors, self.dims, self.metric, f"{self._place}, queries")
+        )
         found = self._nearest(queries, count)
         return [self._complete(near) for near in found] if metadata else found
 
@@ -596,7 +557,11 @@ class Snapshot:
         if found is not None:
             return [list(map(Neighbor, *one)) for one in found]
         rows = self._rows()
-        return _exact(rows.keys, rows.vectors, queries, k, self.metric)
+        near, far = nearest_of_all(queries, rows.vectors, k, self.metric)
+        return [
+            [Neighbor(rows.keys[row], distance) for row, distance in zip(*one, strict=True)]
+            for one in zip(near.tolist(), far.tolist(), strict=True)
+        ]
 
     def _complete(self, near: list[Neighbor]) -> list[Neighbor]:
         found = ((one, self._find(one.key)) for one in near)
@@ -673,13 +638,13 @@ class Snapshot:
 
     def _refresh_alone(self, database: Database) -> Refreshed:
         lease = self._lease
-        news = None if lease is None else _news(database, self._address, self._source, lease)
-        if news is None:
-            source, block, fresh = _download(
+        brought = None if lease is None else news(database, self._address, self._source, lease)
+        if brought is None:
+            source, block, fresh = download(
                 database, self._address, lease.id if lease else uuid.uuid4(), None
             )
             return self._replace(source, block, fresh)
-        changed, rows, fresh = news
+        changed, rows, fresh = brought
         with self._mutex:
             new: dict[str, _Own] = dict.fromkeys(changed)
             for key, vector, note in zip(rows.keys, rows.vectors, rows.notes, strict=True):
@@ -693,7 +658,7 @@ class Snapshot:
             self._follow(new)
         return Refreshed(len(changed), whole=False)
 
-    def _replace(self, source: Source, block: Block, lease: _Lease) -> Refreshed:
+    def _replace(self, source: Source, block: Block, lease: Lease) -> Refreshed:
         with self._mutex:
             if self._own and source.dims != self.dims:
                 raise InvalidValueError(
@@ -738,12 +703,12 @@ class Snapshot:
                     f"space {address!r} has {row[1]} dims, {self._place} has {self.dims}"
                 )
             origin = (
-                row[0] == self._source.version_id and _identity(connection) == self._source.identity
+                row[0] == self._source.version_id and identity(connection) == self._source.identity
             )
             connection.execute("SELECT ehub.stage()")
             if origin and not whole:
-                rows = _with_changes(Block([], np.empty((0, self.dims), np.float32), []), {}, own)
-            _copy(connection, "ehub_staging", rows, notes_default="{}")
+                rows = _block(own, self.dims)
+            copy_rows(connection, "ehub_staging", _staged(rows))
             if origin:
                 _copy_base(connection, base, self.dims)
             done = connection.execute(
@@ -764,27 +729,6 @@ class Snapshot:
 
 def _note(text: str | None) -> dict[str, Any]:
     return {} if text is None else cast("dict[str, Any]", json.loads(text))
-
-
-def _exact(
-    keys: list[str], vectors: Matrix, queries: Matrix, k: int, metric: Metric
-) -> list[list[Neighbor]]:
-    def comparable(rows: Matrix) -> Matrix:
-        return unit(rows) if metric == "cosine" and len(rows) else rows
-
-    def batches() -> Iterator[tuple[NDArray[np.int64], Matrix]]:
-        for start in range(0, len(keys), _EXACT_ROWS):
-            part = np.arange(start, min(start + _EXACT_ROWS, len(keys)))
-            yield part, comparable(vectors[part])
-
-    queries = comparable(queries)
-    selected, _ = brute_force(queries, batches(), min(k + _SPARE, len(keys)), metric)
-    found = []
-    for query, rows in zip(queries, selected, strict=True):
-        near, far = nearest_among(query[None], rows, comparable(vectors[rows]), k, metric)
-        distances = pgvector_distances(far[0], metric).tolist()
-        found.append([Neighbor(keys[row], d) for row, d in zip(near[0], distances, strict=True)])
-    return found
 
 
 def _with_changes(block: Block, places: Mapping[str, int], new: Mapping[str, _Own]) -> Block:
@@ -814,126 +758,22 @@ def _with_changes(block: Block, places: Mapping[str, int], new: Mapping[str, _Ow
     return Block(keys, vectors, notes)
 
 
-def _download(
-    database: Database,
-    address: str,
-    lease: uuid.UUID,
-    watch: Callable[[int, int], None] | None,
-) -> tuple[Source, Block, _Lease]:
-    """Read all rows in one snapshot, into arrays that are made once."""
-    with database.connection(address) as connection, repeatable_read(connection):
-        source, watermark = _look(connection, address)
-        relation = sql.Identifier("ehub_data", f"v{source.version_id}")
-        row = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(relation)).fetchone()
-        total = row[0] if row else 0
-        held = _hold(database, lease, source, watermark, total)
-        vectors = np.empty((total, source.dims), np.float32)
-        keys: list[str] = []
-        notes: list[str | None] = []
-        for part, matrix, texts in _read(connection, relation, source.dims):
-            vectors[len(keys) : len(keys) + len(part)] = matrix
-            keys += part
-            notes += texts
-            if watch is not None:
-                watch(len(keys), total)
-    return source, Block(keys, vectors, notes), held
+def _block(rows: Mapping[str, _Own], dims: int) -> Block:
+    """Return those of the rows that are there."""
+    return _with_changes(Block([], np.empty((0, dims), np.float32), []), {}, rows)
 
 
-def _news(
-    database: Database, address: str, before: Source, lease: _Lease
-) -> tuple[list[str], Block, _Lease] | None:
-    """Read what has changed since a lease began; None where all has to be read."""
-    if lease.nonce is None:
-        return None
-    with database.connection(address) as connection, repeatable_read(connection):
-        source, watermark = _look(connection, address)
-        if (source.version_id, source.identity) != (before.version_id, before.identity):
-            return None
-        row = connection.execute(
-            "SELECT ehub.changed_since(quote_ident(current_user)::regrole, %s, %s, %s,"
-            " %s::text::pg_snapshot)",
-            [lease.id, lease.nonce, source.version_id, lease.watermark],
-        ).fetchone()
-        if row is None or row[0] is None:
-            return None
-        changed: list[str] = row[0]
-        relation = sql.Identifier("ehub_data", f"v{source.version_id}")
-        keys: list[str] = []
-        notes: list[str | None] = []
-        matrices = [np.empty((0, source.dims), np.float32)]
-        for part, matrix, texts in _read(connection, relation, source.dims, changed):
-            keys += part
-            notes += texts
-            matrices.append(matrix)
-        held = _hold(database, lease.id, source, watermark, len(keys))
-    return changed, Block(keys, np.concatenate(matrices), notes), held
-
-
-def _look(connection: Connection, address: str) -> tuple[Source, str]:
-    """Return what an address means, and the snapshot of this transaction."""
-    row = connection.execute(
-        "SELECT space, version, version_id, dims, metric, m, ef_construction, target_recall,"
-        " pg_current_snapshot()::text FROM ehub.require_space(%s)",
-        [address],
-    ).fetchone()
-    assert row is not None  # noqa: S101 - what is not there raises
-    return Source(*(*row[:8], _identity(connection))), row[8]
-
-
-def _identity(connection: Connection) -> str:
-    row = connection.execute(
-        "SELECT (SELECT system_identifier FROM pg_control_system()) || '/' ||"
-        " (SELECT oid FROM pg_database WHERE datname = current_database())"
-    ).fetchone()
-    assert row is not None  # noqa: S101 - a select without from
-    return str(row[0])
-
-
-def _hold(
-    database: Database, lease: uuid.UUID, source: Source, watermark: str, rows: int
-) -> _Lease:
-    place = f"snapshot, {socket.gethostname()} process {os.getpid()}"
-    # On a connection of its own: what is read goes on in a snapshot that writes nothing.
-    with database.connection() as connection:
-        row = connection.execute(
-            "SELECT ehub.hold_log(quote_ident(current_user)::regrole, %s, %s,"
-            " %s::text::pg_snapshot, %s, %s)",
-            [lease, source.version_id, watermark, place, rows],
-        ).fetchone()
-    return _Lease(lease, row[0] if row else None, watermark)
-
-
-def _read(
-    connection: Connection, relation: sql.Identifier, dims: int, keys: list[str] | None = None
-) -> Iterator[tuple[list[str], Matrix, list[str | None]]]:
-    chosen: sql.Composable = sql.SQL("")
-    if keys is not None:
-        chosen = sql.SQL(" WHERE key = ANY({})").format(sql.Literal(keys))
-    query = sql.SQL(
-        "COPY (SELECT embedding, key, nullif(metadata, '{{}}')::text FROM {}{})"
-        " TO STDOUT (FORMAT binary)"
-    ).format(relation, chosen)
-    with connection.cursor().copy(query) as stream:
-        yield from decode_rows_with_notes(stream, dims)
-
-
-def _copy(
-    connection: Connection, table: str, rows: Block, notes_default: str | None = None
-) -> None:
-    statement = sql.SQL("COPY pg_temp.{} (key, embedding, metadata) FROM STDIN BINARY")
-    with connection.cursor().copy(statement.format(sql.Identifier(table))) as copy:
-        copy.write(COPY_HEADER)
-        for start in range(0, len(rows.keys), _COPY_ROWS):
-            part = slice(start, start + _COPY_ROWS)
-            notes = [notes_default if note is None else note for note in rows.notes[part]]
-            copy.write(encode_rows(rows.keys[part], rows.vectors[part], notes))
-        copy.write(COPY_TRAILER)
+def _staged(rows: Block) -> Iterator[tuple[list[str], Matrix, list[str | None]]]:
+    for start in range(0, len(rows.keys), _COPY_ROWS):
+        part = slice(start, start + _COPY_ROWS)
+        # Said outright: without metadata a row would keep what it had.
+        notes: list[str | None] = ["{}" if note is None else note for note in rows.notes[part]]
+        yield rows.keys[part], rows.vectors[part], notes
 
 
 def _copy_base(connection: Connection, taken: Mapping[str, _Own], dims: int) -> None:
     """Tell how the rows were that a fork has changed; NULL where there was none."""
     present = {key: row for key, row in taken.items() if row is not None}
-    empty = Block([], np.empty((0, dims), np.float32), [])
-    _copy(connection, "ehub_base", _with_changes(empty, {}, present), notes_default="{}")
+    copy_rows(connection, "ehub_base", _staged(_block(present, dims)))
     absent = [key for key, row in taken.items() if row is None]
     connection.execute("INSERT INTO pg_temp.ehub_base (key) SELECT unnest(%s::text[])", [absent])

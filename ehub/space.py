@@ -303,8 +303,9 @@ class Space(Collection):
         return switched
 
     def _version_address(self, name: object) -> str:
-        if not isinstance(name, str) or "\0" in name or "@" in name:
-            raise InvalidNameError(f"a version's name is a string without NUL and @, not {name!r}")
-        if not name:
+        text = values.as_name("a version", name)
+        if "@" in text:
+            raise InvalidNameError(f"a version's name has no @: {text!r}")
+        if not text:
             raise VersionNotFoundError(f"space {self._address!r} has no version ''")
-        return f"{self._address}@{name}"
+        return f"{self._address}@{text}"

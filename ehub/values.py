@@ -13,7 +13,13 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from ehub.errors import InvalidKeyError, InvalidMetadataError, InvalidValueError, InvalidVectorError
+from ehub.errors import (
+    InvalidKeyError,
+    InvalidMetadataError,
+    InvalidNameError,
+    InvalidValueError,
+    InvalidVectorError,
+)
 from ehub.types import Matrix, Metric, Vector
 
 MAX_KEY_BYTES = 1024
@@ -94,6 +100,38 @@ def as_number(name: str, value: float) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise InvalidValueError(f"{name} is a number, not {value!r}") from None
+
+
+def as_name(what: str, name: object) -> str:
+    """Return the name of ``what`` if it is a string that Postgres can read, and check.
+
+    Raises:
+        InvalidNameError: it is not.
+    """
+    if not isinstance(name, str) or "\0" in name:
+        raise InvalidNameError(f"{what}'s name is a string without NUL, not {name!r}")
+    return name
+
+
+def require_one_of(key: object, vector: object) -> None:
+    """Refuse a search for the neighbours of neither a key nor a vector, or of both.
+
+    Raises:
+        InvalidValueError: not just one of them is given.
+    """
+    if (key is None) == (vector is None):
+        raise InvalidValueError("give either key= or vector=, and not both")
+
+
+def require_some(queries: Matrix) -> Matrix:
+    """Return the queries of a batch if there are any.
+
+    Raises:
+        InvalidValueError: there are none.
+    """
+    if not len(queries):
+        raise InvalidValueError("an empty batch: no vectors were given")
+    return queries
 
 
 def as_vector(value: object, dims: int, metric: Metric, name: str) -> Vector:

@@ -143,10 +143,7 @@ DECLARE
     current ehub.catalogue := ehub.require_space($1);
     measured float8;
 BEGIN
-    IF target.current THEN
-        RAISE EXCEPTION 'space %: version % is current already', quote_literal($1),
-            quote_literal($2) USING ERRCODE = 'EH005';
-    END IF;
+    PERFORM ehub.require_another(current, target);
     WHILE NOT ehub.is_warm(target) AND clock_timestamp() < deadline LOOP
         PERFORM pg_sleep(0.05);
     END LOOP;
@@ -168,13 +165,20 @@ BEGIN
     PERFORM ehub.lock_space($1);
     -- Somebody else may have been faster.
     current := ehub.require_space($1);
-    IF current.version_id = target.version_id THEN
-        RAISE EXCEPTION 'space %: version % is current already', quote_literal($1),
-            quote_literal($2) USING ERRCODE = 'EH005';
-    END IF;
+    PERFORM ehub.require_another(current, target);
     from_version := current.version;
     to_version := target.version;
     warm := ehub.switch('promote', current, target, patience);
+END $$;
+
+CREATE OR REPLACE FUNCTION ehub.require_another(current ehub.catalogue, target ehub.catalogue)
+RETURNS void
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF current.version_id = target.version_id THEN
+        RAISE EXCEPTION 'space %: version % is current already', quote_literal(target.space),
+            quote_literal(target.version) USING ERRCODE = 'EH005';
+    END IF;
 END $$;
 
 -- Make that version current again which was so before the last promotion. Each further call goes

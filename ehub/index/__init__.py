@@ -2,6 +2,7 @@
 
 from ehub.index.build import build_index
 from ehub.index.calibrate import Calibration, calibrate
+from ehub.index.exact import nearest_of_all
 from ehub.index.hnsw import Found, HnswIndex
 from ehub.index.store import IndexStore, Manifest
 
@@ -13,4 +14,5 @@ __all__ = [
     "Manifest",
     "build_index",
     "calibrate",
+    "nearest_of_all",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ehub.index.calibrate import calibrate_build, rows_to_hold_out
-from ehub.index.exact import unit
+from ehub.index.exact import comparable
 from ehub.index.hnsw import HnswIndex
 from ehub.types import Matrix, Metric
 
@@ -46,7 +46,7 @@ def build_index(
     # The outermost shell stays as it is: there each row may be alone.
     for start in range(_SHELL, len(order), _SHELL):
         shell = order[start : start + _SHELL]
-        order[start : start + _SHELL] = shell[_near_together(_comparable(vectors[shell], metric))]
+        order[start : start + _SHELL] = shell[_near_together(comparable(vectors[shell], metric))]
     held_out = rows_to_hold_out(len(keys))
     order = order[~np.isin(order, held_out)]
     for start in range(0, len(order), _BATCH):
@@ -57,10 +57,10 @@ def build_index(
     progress(len(order))
 
     def rows_of(labels: NDArray[np.int64]) -> Matrix:
-        return _comparable(vectors[order[labels]], metric)
+        return comparable(vectors[order[labels]], metric)
 
     aside = vectors[held_out]
-    calibrate_build(index, target_recall, rows_of, _comparable(aside, metric))
+    calibrate_build(index, target_recall, rows_of, comparable(aside, metric))
     index.add([keys[row] for row in held_out], aside)
     index.publish()
     index.settle()
@@ -71,7 +71,7 @@ def _outliers_first(vectors: Matrix, metric: Metric) -> NDArray[np.int64]:
     def batches() -> Iterator[tuple[slice, Matrix]]:
         for start in range(0, len(vectors), _BATCH):
             part = slice(start, start + _BATCH)
-            yield part, _comparable(vectors[part], metric)
+            yield part, comparable(vectors[part], metric)
 
     total = np.zeros(vectors.shape[1])
     for _, rows in batches():
@@ -107,7 +107,3 @@ def _near_together(rows: Matrix) -> NDArray[np.int64]:
 def _nearest_mean(rows: Matrix, means: Matrix) -> NDArray[np.int64]:
     nearest: NDArray[np.int64] = np.argmin((means**2).sum(axis=1) - 2 * rows @ means.T, axis=1)
     return nearest
-
-
-def _comparable(vectors: Matrix, metric: Metric) -> Matrix:
-    return unit(vectors) if metric == "cosine" and len(vectors) else vectors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,8 @@ from ehub.types import Matrix, Metric
 
 # Of an intermediate array: 16 MB.
 _FLOATS = 1 << 22
+_BATCH = 8192
+_SPARE = 16
 
 
 def brute_force(
@@ -70,8 +72,36 @@ def nearest_among(
     return near, far
 
 
-def unit(vectors: Matrix) -> Matrix:
-    """Return vectors of length 1 in the same directions, by row."""
+def nearest_of_all(
+    queries: Matrix, vectors: Matrix, k: int, metric: Metric
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Find the ``k`` nearest of each query among vectors as they were stored, with all digits.
+
+    Returns rows and pgvector's distances, nearest first, each of shape ``(n, min(k, rows))``.
+    """
+
+    def batches() -> Iterator[tuple[NDArray[np.int64], Matrix]]:
+        for start in range(0, len(vectors), _BATCH):
+            part = np.arange(start, min(start + _BATCH, len(vectors)))
+            yield part, comparable(vectors[part], metric)
+
+    queries = comparable(queries, metric)
+    # As nearest_among: the formula that selects loses digits, so some more are compared with all.
+    selected, _ = brute_force(queries, batches(), min(k + _SPARE, len(vectors)), metric)
+    found = [
+        nearest_among(query[None], rows, comparable(vectors[rows], metric), k, metric)
+        for query, rows in zip(queries, selected, strict=True)
+    ]
+    near, far = (np.vstack(parts) for parts in zip(*found, strict=True))
+    return near, pgvector_distances(far, metric)
+
+
+def comparable(vectors: Matrix, metric: Metric) -> Matrix:
+    """Return vectors in the form in which they are compared: under cosine, of length 1."""
+    return _unit(vectors) if metric == "cosine" else vectors
+
+
+def _unit(vectors: Matrix) -> Matrix:
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
     scaled: Matrix = (vectors / norms[:, None]).astype(np.float32)
     return scaled

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ehub.index import tail
 from ehub.index.calibrate import Calibration
-from ehub.index.exact import brute_force, nearest_among, pgvector_distances, unit
+from ehub.index.exact import brute_force, comparable, nearest_among, pgvector_distances
 from ehub.types import Matrix, Metric, Vector
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -426,7 +426,7 @@ class HnswIndex:
         # hnswlib reads whatever memory follows a vector that is too short.
         if vectors.ndim != 2 or vectors.shape[1] != self.dims or vectors.dtype != np.float32:
             raise ValueError(f"float32 of shape (n, {self.dims}) is needed, not {vectors.shape}")
-        return unit(vectors) if self.metric == "cosine" else vectors
+        return comparable(vectors, self.metric)
 
     def _reserve(self, n: int) -> None:
         needed = len(self._keys) + n
