@@ -9,6 +9,7 @@
 ['orange', 'potato']
 """
 
+from ehub.access import AuditEntry, Finding, Grant, Privilege, Right, Role
 from ehub.checkpoint import Checkpoint, CheckpointInfo
 from ehub.collection import Restored
 from ehub.diff import Diff, Drift, Moved
@@ -23,6 +24,7 @@ from ehub.errors import (
     EhubError,
     ExistsError,
     FrozenError,
+    GrantNotFoundError,
     IndexFileError,
     IndexUnavailableError,
     InvalidFileError,
@@ -35,6 +37,7 @@ from ehub.errors import (
     NotFoundError,
     OverlapError,
     ReadOnlyError,
+    RoleNotFoundError,
     SchemaError,
     ServiceError,
     SpaceExistsError,
@@ -53,6 +56,7 @@ from ehub.types import Metric, Neighbor
 
 __all__ = [
     "AccessDeniedError",
+    "AuditEntry",
     "Checkpoint",
     "CheckpointExistsError",
     "CheckpointInfo",
@@ -65,7 +69,10 @@ __all__ = [
     "Drift",
     "EhubError",
     "ExistsError",
+    "Finding",
     "FrozenError",
+    "Grant",
+    "GrantNotFoundError",
     "Hub",
     "IndexFileError",
     "IndexUnavailableError",
@@ -81,11 +88,15 @@ __all__ = [
     "Neighbor",
     "NotFoundError",
     "OverlapError",
+    "Privilege",
     "Progress",
     "Promotion",
     "ReadOnlyError",
     "Refreshed",
     "Restored",
+    "Right",
+    "Role",
+    "RoleNotFoundError",
     "SchemaError",
     "ServiceError",
     "Snapshot",

@@ -28,7 +28,7 @@ from ehub.types import Matrix
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 """The Alembic revision that this release works with."""
 
 # Raised by the functions in sql/, which describe the value themselves.
@@ -51,6 +51,8 @@ _OWN_ERRORS: dict[str, type[errors.EhubError]] = {
     "EH016": errors.VersionInUseError,
     "EH017": errors.OverlapError,
     "EH018": errors.WaitTimeoutError,
+    "EH019": errors.GrantNotFoundError,
+    "EH020": errors.RoleNotFoundError,
 }
 
 
@@ -241,7 +243,8 @@ def _translate(error: psycopg.Error, space: str | None) -> errors.EhubError:
         return errors.SpaceNotFoundError(f"there is no space {space!r}")
     if isinstance(error, pg.UndefinedTable | pg.UndefinedFunction | pg.InvalidSchemaName):
         return errors.SchemaError(f"{text}: has `ehub migrate` been run?")
-    where = "" if space is None else f"space {space!r}: "
+    # Functions of ehub's name it themselves.
+    where = "" if space is None or text.startswith("space ") else f"space {space!r}: "
     if isinstance(error, pg.InsufficientPrivilege):
         return errors.AccessDeniedError(where + text)
     if is_lost(error):

@@ -91,8 +91,7 @@ def news(
         if (source.version_id, source.identity) != (before.version_id, before.identity):
             return None
         row = connection.execute(
-            "SELECT ehub.changed_since(quote_ident(current_user)::regrole, %s, %s, %s,"
-            " %s::text::pg_snapshot)",
+            "SELECT ehub.changed_since(%s, %s, %s, %s::text::pg_snapshot)",
             [lease.id, lease.nonce, source.version_id, lease.watermark],
         ).fetchone()
         if row is None or row[0] is None:
@@ -135,8 +134,7 @@ def _hold(database: Database, lease: uuid.UUID, source: Source, watermark: str, 
     # On a connection of its own: what is read goes on in a snapshot that writes nothing.
     with database.connection() as connection:
         row = connection.execute(
-            "SELECT ehub.hold_log(quote_ident(current_user)::regrole, %s, %s,"
-            " %s::text::pg_snapshot, %s, %s)",
+            "SELECT ehub.hold_log(%s, %s, %s::text::pg_snapshot, %s, %s)",
             [lease, source.version_id, watermark, place, rows],
         ).fetchone()
     return Lease(lease, row[0] if row else None, watermark)

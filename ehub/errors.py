@@ -9,6 +9,8 @@
     │   ├── SpaceNotFoundError
     │   ├── VersionNotFoundError
     │   ├── CheckpointNotFoundError
+    │   ├── RoleNotFoundError
+    │   ├── GrantNotFoundError               nothing to revoke
     │   └── KeyNotFoundError
     ├── ExistsError (ValueError)
     │   ├── SpaceExistsError
@@ -71,6 +73,14 @@ class VersionNotFoundError(NotFoundError):
 
 class CheckpointNotFoundError(NotFoundError):
     """The version has no checkpoint of that name."""
+
+
+class RoleNotFoundError(NotFoundError):
+    """Postgres has no role of that name."""
+
+
+class GrantNotFoundError(NotFoundError):
+    """The role has no such grant: there is nothing to revoke."""
 
 
 class KeyNotFoundError(NotFoundError):

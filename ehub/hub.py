@@ -6,13 +6,14 @@ import os
 from types import TracebackType
 from typing import Any, Literal, SupportsIndex, overload
 
-from ehub import config, resources, values
+from ehub import access, config, resources, values
+from ehub.access import AuditEntry, Finding, Grant, Privilege, Right, Role
 from ehub.database import SCHEMA_REVISION, Database
 from ehub.errors import ConfigurationError, SchemaError
 from ehub.replica import Replica
 from ehub.snapshot import Snapshot
 from ehub.space import Space, Version
-from ehub.types import IndexPlace, Metric
+from ehub.types import IndexPlace, Metadata, Metric
 
 
 class Hub:
@@ -132,6 +133,72 @@ class Hub:
             cursor = connection.execute("SELECT * FROM ehub.status")
             names = [column.name for column in cursor.description or ()]
             return [dict(zip(names, row, strict=True)) for row in cursor]
+
+    def grants(self) -> list[Grant]:
+        """Return the grants that one may know of: on spaces that one manages, and one's own."""
+        return access.grants(self._database)
+
+    def roles(self) -> list[Role]:
+        """Return the roles that have grants which one may know of, with their members."""
+        return access.roles(self._database)
+
+    def whoami(self) -> list[Right]:
+        """Return what the role of this hub may do, and through which role it may."""
+        return access.whoami(self._database)
+
+    def grant_create(self, role: str) -> None:
+        """Let a role make spaces; it manages those that it makes. For the owner of schema ehub.
+
+        Raises:
+            AccessDeniedError: you are not the owner.
+            RoleNotFoundError: there is no such role.
+        """
+        access.change_default(self._database, "grant_create", role)
+
+    def revoke_create(self, role: str) -> None:
+        """Let a role make no more spaces; it goes on managing those that it made.
+
+        Raises:
+            AccessDeniedError: you are not the owner of schema ehub.
+            GrantNotFoundError: it may not anyway.
+        """
+        access.change_default(self._database, "revoke_create", role)
+
+    def grant_default(
+        self, role: str, privilege: Privilege, *, rows: Metadata | None = None
+    ) -> None:
+        """Give a role a right on every space to come, as :meth:`ehub.Space.grant` does on one.
+
+        Raises:
+            AccessDeniedError: you are not the owner of schema ehub.
+            RoleNotFoundError: there is no such role.
+            InvalidValueError: another value; the message names it.
+        """
+        limits = access.as_rows(rows)
+        access.change_default(self._database, "grant_default", role, privilege, limits)
+
+    def revoke_default(self, role: str) -> None:
+        """Give a role nothing any more on spaces to come; what it has on others stays.
+
+        Raises:
+            AccessDeniedError: you are not the owner of schema ehub.
+            GrantNotFoundError: there is no such grant.
+        """
+        access.change_default(self._database, "revoke_default", role)
+
+    def audit(self, limit: int = 100) -> list[AuditEntry]:
+        """Return the last acts of managing, the last first: of the spaces that one manages."""
+        return access.audit(self._database, None, values.as_whole("limit", limit))
+
+    def doctor(self, *, mend: bool = False) -> list[Finding]:
+        """Find what is not as it was granted: rights given by hand, changed policies, lost roles.
+
+        With ``mend`` what can be put right is; the rest has no ``remedy``.
+
+        Raises:
+            AccessDeniedError: you are not the owner of schema ehub.
+        """
+        return access.doctor(self._database, mend)
 
     @property
     def conninfo(self) -> str:

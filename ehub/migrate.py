@@ -62,6 +62,12 @@ def _migrate(connection: sqlalchemy.Connection) -> bool:
         return False
     vector_schema = _require_pgvector(driver)
     driver.execute("CREATE SCHEMA IF NOT EXISTS ehub")
+    owner = driver.execute(
+        "SELECT nspowner::regrole::text FROM pg_namespace WHERE nspname = 'ehub'"
+    ).fetchone()
+    assert owner is not None  # noqa: S101 - it is there by now
+    # All of it belongs to one role, whoever upgrades it: functions run with their owner's rights.
+    driver.execute(b"SET LOCAL ROLE " + owner[0].encode())
     config = _alembic()
     config.attributes["connection"] = connection
     try:

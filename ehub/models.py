@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import uuid
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
@@ -25,7 +26,7 @@ from sqlalchemy import (
     text,
     true,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, OID, TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, DOUBLE_PRECISION, INET, JSONB, OID, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import UserDefinedType
 
@@ -48,6 +49,16 @@ class Xid8(UserDefinedType[int]):
     def get_col_spec(self, **_: object) -> str:
         """Name the type for DDL."""
         return "xid8"
+
+
+class RegRole(UserDefinedType[str]):
+    """Postgres' ``regrole``: the name of a role, kept as its oid."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        """Name the type for DDL."""
+        return "regrole"
 
 
 class Base(DeclarativeBase):
@@ -106,6 +117,8 @@ class Version(Base):
     created_at: Mapped[datetime.datetime] = mapped_column(server_default=func.now())
     frozen_at: Mapped[datetime.datetime | None]
     warm: Mapped[bool] = mapped_column(server_default=true())
+    # Below this transaction the change log of this version is gone.
+    trimmed_below: Mapped[int] = mapped_column(Xid8, server_default=text("0"))
 
     space: Mapped[Space] = relationship(
         back_populates="versions", foreign_keys=space_id, viewonly=True
@@ -148,20 +161,26 @@ class Checkpoint(Base):
 
 
 class SearchIndex(Base):
-    """What an HNSW graph over a version is to be like; its copies are replicas."""
+    """What an HNSW graph over a version is to be like; its copies are replicas.
+
+    Over all of its rows, or where ``rows`` is not null over those whose metadata contains one of
+    these objects.
+    """
 
     __tablename__ = "index"
     __table_args__ = (
+        UniqueConstraint("version_id", "rows", postgresql_nulls_not_distinct=True),
         CheckConstraint("m BETWEEN 2 AND 128", "m"),
         CheckConstraint("ef_construction BETWEEN 4 AND 4096", "ef_construction"),
         CheckConstraint("target_recall BETWEEN 0.5 AND 0.999", "target_recall"),
     )
 
     id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
-    version_id: Mapped[int] = mapped_column(ForeignKey(Version.id, ondelete="CASCADE"), unique=True)
+    version_id: Mapped[int] = mapped_column(ForeignKey(Version.id, ondelete="CASCADE"))
     m: Mapped[int] = mapped_column(Integer)
     ef_construction: Mapped[int] = mapped_column(Integer)
     target_recall: Mapped[float]
+    rows: Mapped[list[dict[str, Any]] | None] = mapped_column(ARRAY(JSONB))
 
     version: Mapped[Version] = relationship(back_populates="indexes", viewonly=True)
 
@@ -175,6 +194,7 @@ class Replica(Base):
     index_id: Mapped[int] = mapped_column(
         ForeignKey(SearchIndex.id, ondelete="CASCADE"), primary_key=True
     )
+    role: Mapped[str] = mapped_column(server_default=text("CURRENT_USER"))
     place: Mapped[str]
     state: Mapped[str]
     watermark: Mapped[str] = mapped_column(PgSnapshot)
@@ -191,6 +211,50 @@ class Replica(Base):
     recall: Mapped[float | None]
     memory: Mapped[int | None]
     last_error: Mapped[str | None]
+
+
+class Access(Base):
+    """One grant: of a space, of one version of it, or of no space yet.
+
+    Without a space it is the right to make spaces (``create``), or a right on all those to come.
+    ``rows`` limits it to rows whose metadata contains that object.
+    """
+
+    __tablename__ = "access"
+    __table_args__ = (
+        UniqueConstraint(
+            *("space_id", "version_id", "role", "privilege", "rows"),
+            postgresql_nulls_not_distinct=True,
+        ),
+        CheckConstraint("privilege IN ('read', 'write', 'admin', 'create')", "privilege"),
+    )
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    space_id: Mapped[int | None] = mapped_column(ForeignKey(Space.id, ondelete="CASCADE"))
+    version_id: Mapped[int | None] = mapped_column(ForeignKey(Version.id, ondelete="CASCADE"))
+    role: Mapped[str] = mapped_column(RegRole)
+    privilege: Mapped[str]
+    rows: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    granted_by: Mapped[str]
+    granted_at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class Audit(Base):
+    """One act of managing: who did what to which space, when and from where."""
+
+    __tablename__ = "audit"
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+    role: Mapped[str]
+    login: Mapped[str]
+    address: Mapped[str | None] = mapped_column(INET)
+    application: Mapped[str]
+    # Of a space that may be gone.
+    space_id: Mapped[int | None]
+    space: Mapped[str | None]
+    action: Mapped[str]
+    detail: Mapped[dict[str, Any]] = mapped_column(JSONB)
 
 
 class Incarnation(Base):

@@ -9,12 +9,13 @@ from typing import NamedTuple, SupportsIndex
 
 from numpy.typing import ArrayLike
 
-from ehub import values
+from ehub import access, values
+from ehub.access import AuditEntry, Grant, Privilege
 from ehub.binary import VectorsParameter
 from ehub.collection import Collection
 from ehub.diff import Diff, compare
 from ehub.errors import InvalidNameError, InvalidValueError, VersionNotFoundError
-from ehub.types import Matrix, Metric
+from ehub.types import Matrix, Metadata, Metric
 
 _log = logging.getLogger(__name__)
 
@@ -271,6 +272,59 @@ class Space(Collection):
                 [*addresses, count, chosen, values.as_whole("sample", sample)],
             )
             return found._replace(overlaps=dict(rows.fetchall()))
+
+    # --- access
+
+    def grant(
+        self,
+        role: str,
+        privilege: Privilege,
+        *,
+        version: str | None = None,
+        rows: Metadata | None = None,
+    ) -> None:
+        """Give a role of Postgres' a right on this space, and with it to the role's members.
+
+        ``read``; ``write``, which is that and changing rows; or ``admin``, all that and managing:
+        versions, checkpoints, grants. On all versions, also those to come, or on one. With ``rows``
+        only on rows whose metadata contains that: others are not seen, not counted and not written,
+        and searches find the nearest of those that are. Several grants add up.
+
+        Raises:
+            AccessDeniedError: you do not manage the space.
+            RoleNotFoundError: there is no such role.
+            VersionNotFoundError: there is no such version.
+            InvalidValueError: another value; the message names it.
+        """
+        access.change(self._database, "grant", self._address, role, privilege, version, rows)
+
+    def revoke(
+        self,
+        role: str,
+        privilege: Privilege | None = None,
+        *,
+        version: str | None = None,
+        rows: Metadata | None = None,
+    ) -> None:
+        """Take a role's rights on this space away: all, or those that are named.
+
+        Takes effect with the next statement of whoever had them; an index in a process of theirs
+        is dropped within five seconds, thirty where it cannot reach the database.
+
+        Raises:
+            AccessDeniedError: you do not manage the space.
+            GrantNotFoundError: the role has no such right.
+            RoleNotFoundError: there is no such role.
+        """
+        access.change(self._database, "revoke", self._address, role, privilege, version, rows)
+
+    def grants(self) -> list[Grant]:
+        """Return the grants on this space: all to who manages it, to others their own."""
+        return access.grants(self._database, self._address)
+
+    def audit(self, limit: int = 100) -> list[AuditEntry]:
+        """Return what was done to manage this space, the last first, to who manages it."""
+        return access.audit(self._database, self._address, values.as_whole("limit", limit))
 
     # --- inside
 

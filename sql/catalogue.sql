@@ -1,14 +1,4 @@
--- What there is, and to whom it shows.
-
--- The role whose statement this is. A function with its owner's rights that takes one knows who
--- calls it, which it cannot see for itself: the value is checked where the call is written, under
--- the caller's rights, so nobody can name another.
-DO $$
-BEGIN
-    IF to_regtype('ehub.caller') IS NULL THEN
-        CREATE DOMAIN ehub.caller AS regrole CHECK (VALUE = quote_ident(current_user)::regrole);
-    END IF;
-END $$;
+-- What there is, to those who may know it.
 
 -- The versions of all spaces with their indexes, as replicas and clients ask for them: those of
 -- which one may read or write the rows.
@@ -28,7 +18,7 @@ SELECT
     v.warm
 FROM ehub.space AS s
 JOIN ehub.version AS v ON v.space_id = s.id
-JOIN ehub.index AS i ON i.version_id = v.id
+JOIN ehub.index AS i ON i.version_id = v.id AND i.rows IS NULL
 WHERE has_table_privilege(
     to_regclass('ehub_data.v' || v.id), 'SELECT, INSERT, UPDATE, DELETE'
 );
@@ -55,6 +45,33 @@ BEGIN
             quote_literal(left(substr(address, at + 1), 60)) USING ERRCODE = 'EH011',
             HINT = 'SELECT version FROM ehub.versions lists them';
     END IF;
+    PERFORM ehub.refuse_space(name);
+END $$;
+
+-- Find what an address means, for who may manage that space. To others it is what it is to them:
+-- unknown, or not theirs.
+CREATE OR REPLACE FUNCTION ehub.require_admin(caller ehub.caller, address text)
+RETURNS ehub.catalogue
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    me regrole := ehub.role_of(caller);
+    name text := split_part(address, '@', 1);
+BEGIN
+    IF ehub.manages(me, name) THEN
+        RETURN ehub.require_space(address);
+    ELSIF EXISTS (
+        SELECT FROM ehub.catalogue AS c WHERE c.space = name AND ehub.may_touch(me, c.version_id)
+    ) THEN
+        RAISE EXCEPTION 'space %: role % does not manage it', quote_literal(name), me
+            USING ERRCODE = 'insufficient_privilege',
+            HINT = 'whoever does says ehub.grant(space, role, ''admin'')';
+    END IF;
+    PERFORM ehub.refuse_space(name);
+END $$;
+
+CREATE OR REPLACE FUNCTION ehub.refuse_space(name text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
     RAISE EXCEPTION 'there is no space %', coalesce(quote_literal(name), 'NULL')
         USING ERRCODE = 'EH001',
         HINT = 'SELECT space FROM ehub.catalogue lists them; ehub.create_space makes one';
@@ -66,20 +83,11 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT target.space || '@' || target.version
 $$;
 
--- Whether a role sees every row of a version: who does may be told what its index says.
-CREATE OR REPLACE FUNCTION ehub.sees_all_rows(role regrole, version_id bigint) RETURNS boolean
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    relation record;
-BEGIN
-    SELECT c.oid, c.relowner, c.relrowsecurity, c.relforcerowsecurity INTO relation
-    FROM pg_class AS c WHERE c.oid = to_regclass('ehub_data.v' || version_id);
-    IF role IS NULL OR NOT FOUND OR NOT has_table_privilege(role, relation.oid, 'SELECT') THEN
-        RETURN false;
-    ELSIF NOT relation.relrowsecurity THEN
-        RETURN true;
-    END IF;
-    RETURN EXISTS (
-        SELECT FROM pg_roles AS r WHERE r.oid = role AND (r.rolsuper OR r.rolbypassrls)
-    ) OR NOT relation.relforcerowsecurity AND pg_has_role(role, relation.relowner, 'USAGE');
-END $$;
+-- The indexes that a replica may keep for this role: those whose rows it may know all of. Those over
+-- limited rows are for the index service.
+CREATE OR REPLACE VIEW ehub.indexes WITH (security_barrier) AS
+SELECT
+    c.space, c.version, c.version_id, c.dims, c.metric, i.id AS index_id, i.m, i.ef_construction,
+    i.target_recall, c.current, c.warm, i.rows
+FROM ehub.catalogue AS c JOIN ehub.index AS i ON i.version_id = c.version_id
+WHERE ehub.sees_all(c.version_id);

@@ -57,13 +57,17 @@ BEGIN
 END $$;
 
 -- The log of a version that a snapshot does not see: a row for each part, NULL where the whole
--- table changed. The second condition is for transactions that were running then; bounded by
--- xmin instead, one long transaction would make every read long.
-CREATE OR REPLACE FUNCTION ehub.changes(version bigint, watermark pg_snapshot)
+-- table changed or the log is gone. The second condition is for transactions that were running then;
+-- bounded by xmin instead, one long transaction would make every read long.
+CREATE OR REPLACE FUNCTION ehub.read_log(version bigint, watermark pg_snapshot)
 RETURNS TABLE (keys text[])
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 BEGIN
+    IF ehub.trimmed_below(version) > pg_snapshot_xmin(watermark) THEN
+        RETURN QUERY SELECT NULL::text[];
+        RETURN;
+    END IF;
     RETURN QUERY SELECT c.keys FROM ehub.change AS c
     WHERE c.version_id = version
         AND (
@@ -72,35 +76,64 @@ BEGIN
         );
 END $$;
 
--- Below this transaction the log is gone.
-CREATE OR REPLACE FUNCTION ehub.trimmed_below() RETURNS xid8
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce((SELECT value::xid8 FROM ehub.setting WHERE name = 'trimmed_below'), '0')
+-- The same, for who sees all rows of the version.
+CREATE OR REPLACE FUNCTION ehub.changes(
+    version bigint,
+    watermark pg_snapshot,
+    caller ehub.caller DEFAULT ehub.me()
+) RETURNS TABLE (keys text[])
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NOT ehub.sees_all_rows(ehub.role_of(caller), version) THEN
+        RAISE EXCEPTION 'the change log is for roles that see every row'
+            USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    RETURN QUERY SELECT * FROM ehub.read_log(version, watermark);
+END $$;
+
+-- Below this transaction the log of a version is gone.
+CREATE OR REPLACE FUNCTION ehub.trimmed_below(version bigint) RETURNS xid8
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT v.trimmed_below FROM ehub.version AS v WHERE v.id = version
 $$;
 
--- Forget what no replica needs any more; returns the number of log rows that went.
--- A replica whose lease has run out counts no longer: it rebuilds if it comes back.
+-- Forget what no replica needs any more, of each version by itself: one that is held for long makes
+-- no other long. Returns the number of log rows that went. A replica whose lease has run out counts
+-- no longer: it rebuilds if it comes back. For everybody, since it takes nothing from anybody.
 CREATE OR REPLACE FUNCTION ehub.trim() RETURNS bigint
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    bound xid8;
+    needed record;
     gone bigint;
+    total bigint := 0;
 BEGIN
-    IF pg_is_in_recovery() OR NOT pg_try_advisory_xact_lock(1701344610, 3) THEN
+    -- Of two at a time, one does it. Not by an advisory lock, which anybody could hold.
+    IF pg_is_in_recovery() OR NOT EXISTS (
+        SELECT FROM ehub.setting AS s WHERE s.name = 'trim' FOR UPDATE SKIP LOCKED
+    ) THEN
         RETURN 0;
     END IF;
     DELETE FROM ehub.replica WHERE expires_at < clock_timestamp();
-    SELECT min(pg_snapshot_xmin(watermark)) INTO bound FROM ehub.replica;
-    -- Transactions that are still running have log rows to come.
-    bound := least(bound, pg_snapshot_xmin(pg_current_snapshot()));
-    IF bound <= ehub.trimmed_below() THEN
-        RETURN 0;
-    END IF;
-    DELETE FROM ehub.change WHERE xid < bound;
-    GET DIAGNOSTICS gone = ROW_COUNT;
-    IF gone > 0 THEN
-        INSERT INTO ehub.setting VALUES ('trimmed_below', bound::text)
-        ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;
-    END IF;
-    RETURN gone;
+    FOR needed IN
+        SELECT v.id, least(
+            min(pg_snapshot_xmin(r.watermark)),
+            -- Transactions that are still running have log rows to come.
+            pg_snapshot_xmin(pg_current_snapshot())
+        ) AS bound
+        FROM ehub.version AS v
+        LEFT JOIN ehub.index AS i ON i.version_id = v.id
+        LEFT JOIN ehub.replica AS r ON r.index_id = i.id
+        WHERE EXISTS (SELECT FROM ehub.change AS c WHERE c.version_id = v.id)
+        GROUP BY v.id
+    LOOP
+        DELETE FROM ehub.change AS c WHERE c.version_id = needed.id AND c.xid < needed.bound;
+        GET DIAGNOSTICS gone = ROW_COUNT;
+        IF gone > 0 THEN
+            UPDATE ehub.version AS v SET trimmed_below = needed.bound WHERE v.id = needed.id;
+            total := total + gone;
+        END IF;
+    END LOOP;
+    RETURN total;
 END $$;
+
+INSERT INTO ehub.setting VALUES ('trim', '') ON CONFLICT DO NOTHING;

@@ -6,10 +6,14 @@
 -- under that id or a later one, or else its row. Without checkpoints there is not even a trigger.
 
 -- Remember the rows of a version as they are now. Waits for transactions that write to it.
-CREATE OR REPLACE FUNCTION ehub.checkpoint(address text, checkpoint text) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION ehub.checkpoint(
+    address text,
+    checkpoint text,
+    caller ehub.caller DEFAULT ehub.me()
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    target ehub.catalogue := ehub.require_space(address);
+    target ehub.catalogue := ehub.require_admin(caller, address);
 BEGIN
     PERFORM ehub.require_name('a checkpoint', checkpoint, 60);
     -- Also in the order of their ids, which is that of the states.
@@ -23,8 +27,13 @@ BEGIN
     IF to_regclass('ehub_data.h' || target.version_id) IS NULL THEN
         PERFORM ehub.create_images(target.version_id);
     END IF;
-    INSERT INTO ehub.checkpoint (version_id, name) VALUES (target.version_id, $2);
+    INSERT INTO ehub.checkpoint (version_id, name, created_by)
+    VALUES (target.version_id, $2, ehub.role_of(caller)::text);
     PERFORM ehub.keep_images(target.version_id);
+    PERFORM ehub.log_action(
+        ehub.role_of(caller), 'checkpoint', target.space,
+        jsonb_build_object('version', target.version, 'checkpoint', $2)
+    );
 END $$;
 
 -- The table of images, and the trigger function that fills it: a function of its own for each
@@ -138,20 +147,23 @@ BEGIN
 END $$;
 
 -- The images that tell the state as of a checkpoint from the present one, for those who see all rows.
-CREATE OR REPLACE FUNCTION ehub.images(caller ehub.caller, version_id bigint, checkpoint bigint)
-RETURNS TABLE (key text, embedding @vector@.vector, metadata jsonb)
+CREATE OR REPLACE FUNCTION ehub.images(
+    version_id bigint,
+    checkpoint bigint,
+    caller ehub.caller DEFAULT ehub.me()
+) RETURNS TABLE (key text, embedding @vector@.vector, metadata jsonb)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 BEGIN
-    IF NOT ehub.sees_all_rows(caller, $2) THEN
+    IF NOT ehub.sees_all_rows(ehub.role_of(caller), $1) THEN
         RAISE EXCEPTION 'checkpoints are for roles that see every row'
             USING ERRCODE = 'insufficient_privilege';
     END IF;
     RETURN QUERY EXECUTE format(
         'SELECT DISTINCT ON (key) key, embedding, metadata FROM ehub_data.%I'
         ' WHERE checkpoint >= $1 ORDER BY key, checkpoint',
-        'h' || $2
-    ) USING $3;
+        'h' || $1
+    ) USING $2;
 END $$;
 
 -- The rows of a version as of a checkpoint, as a relation in the text of a statement.
@@ -160,7 +172,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT format(
         $relation$(
             WITH images AS MATERIALIZED (
-                SELECT * FROM ehub.images(quote_ident(current_user)::regrole, %1$s, %2$s)
+                SELECT * FROM ehub.images(%1$s, %2$s)
             )
             SELECT t.key, t.embedding, t.metadata FROM ehub_data.%3$I AS t
             WHERE NOT EXISTS (SELECT FROM images AS i WHERE i.key = t.key)
@@ -201,20 +213,22 @@ END $$;
 -- Put the rows of a version back to what they were at a checkpoint: in one transaction, by changes
 -- like any others, of the rows that differ. Waits for transactions that write to it.
 CREATE OR REPLACE FUNCTION ehub.restore(
-    address text, checkpoint text, OUT written bigint, OUT deleted bigint
+    address text,
+    checkpoint text,
+    caller ehub.caller DEFAULT ehub.me(),
+    OUT written bigint,
+    OUT deleted bigint
 )
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    target ehub.catalogue := ehub.require_space(address);
+    target ehub.catalogue := ehub.require_admin(caller, address);
     number bigint;
     relation text := format('ehub_data.%I', 'v' || target.version_id);
     images text;
 BEGIN
     PERFORM ehub.stop_writers(target);
     number := ehub.require_checkpoint(target, $2);
-    images := format(
-        'ehub.images(quote_ident(current_user)::regrole, %s, %s)', target.version_id, number
-    );
+    images := format('ehub.images(%s, %s)', target.version_id, number);
     EXECUTE format(
         'DELETE FROM %s AS t USING %s AS i WHERE i.embedding IS NULL AND t.key = i.key',
         relation, images
@@ -230,13 +244,22 @@ BEGIN
         relation, images
     );
     GET DIAGNOSTICS written = ROW_COUNT;
+    PERFORM ehub.log_action(
+        ehub.role_of(caller), 'restore', target.space, jsonb_build_object(
+            'version', target.version, 'checkpoint', $2, 'written', written, 'deleted', deleted
+        )
+    );
 END $$;
 
 -- Forget a checkpoint, and the images that only it needed.
-CREATE OR REPLACE FUNCTION ehub.drop_checkpoint(address text, checkpoint text) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION ehub.drop_checkpoint(
+    address text,
+    checkpoint text,
+    caller ehub.caller DEFAULT ehub.me()
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    target ehub.catalogue := ehub.require_space(address);
+    target ehub.catalogue := ehub.require_admin(caller, address);
     images text := format('ehub_data.%I', 'h' || target.version_id);
     gone bigint;
     earlier bigint;
@@ -261,6 +284,10 @@ BEGIN
         EXECUTE format('TRUNCATE %s', images);
     END IF;
     PERFORM ehub.keep_images(target.version_id);
+    PERFORM ehub.log_action(
+        ehub.role_of(caller), 'drop_checkpoint', target.space,
+        jsonb_build_object('version', target.version, 'checkpoint', $2)
+    );
 END $$;
 
 -- The checkpoints of the versions, in their order, with the number of images that are kept for each.

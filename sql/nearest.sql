@@ -74,20 +74,30 @@ $$;
 -- row, or so many of the candidates have changed that fewer than `needed` are left, and there may
 -- be more of them, because as many were found as were `asked` for.
 CREATE OR REPLACE FUNCTION ehub.deciding_keys(
-    caller ehub.caller, version_id bigint, watermark pg_snapshot, candidates text[], asked int,
-    needed int
+    version_id bigint,
+    watermark pg_snapshot,
+    candidates text[],
+    asked int,
+    needed int,
+    caller ehub.caller DEFAULT ehub.me()
 ) RETURNS text[]
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
+    me regrole := ehub.role_of(caller);
     snapshot pg_snapshot := pg_current_snapshot();
+    limits jsonb[];
     whole boolean;
     delta text[];
     kept int;
 BEGIN
-    IF NOT ehub.sees_all_rows(caller, version_id) THEN
-        RETURN NULL;
-    ELSIF current_setting('ehub.consistency', true) = 'eventual' THEN
+    IF NOT ehub.sees_all_rows(me, version_id) THEN
+        IF ehub.index_of(me, version_id) IS NULL THEN
+            RETURN NULL;
+        END IF;
+        limits := ehub.limits_of(me, version_id);
+    END IF;
+    IF current_setting('ehub.consistency', true) = 'eventual' THEN
         RETURN candidates;
     END IF;
     -- Only snapshots that are kept can be older: those of REPEATABLE READ and SERIALIZABLE.
@@ -100,8 +110,8 @@ BEGIN
         RETURN NULL;
     END IF;
     SELECT bool_or(c.keys IS NULL), array_agg(key) INTO whole, delta
-    FROM ehub.changes(version_id, watermark) AS c LEFT JOIN unnest(c.keys) AS key ON true;
-    IF whole OR ehub.trimmed_below() > pg_snapshot_xmin(watermark) THEN
+    FROM ehub.read_log(version_id, watermark) AS c LEFT JOIN unnest(c.keys) AS key ON true;
+    IF whole THEN
         RETURN NULL;
     ELSIF delta IS NULL THEN
         RETURN candidates;
@@ -117,6 +127,13 @@ BEGIN
         IF kept < needed THEN
             RETURN NULL;
         END IF;
+    END IF;
+    IF limits IS NOT NULL THEN
+        -- The log names the keys of all rows, also of those that are not for this role.
+        EXECUTE format(
+            'SELECT array_agg(key) FROM ehub_data.%I WHERE key = ANY ($1) AND metadata @> ANY ($2)',
+            'v' || version_id
+        ) INTO delta USING delta, limits;
     END IF;
     RETURN candidates || delta;
 END $$;
@@ -138,9 +155,7 @@ BEGIN
                 SELECT t.key, 0.0 + (t.embedding %3$s $1), t.metadata
                 FROM ehub_data.%2$I AS t
                 WHERE t.key = ANY (
-                    (SELECT ehub.deciding_keys(
-                        quote_ident(current_user)::regrole, %4$s, $3, $2, $4, $5
-                    ))::text[]
+                    (SELECT ehub.deciding_keys(%4$s, $3, $2, $4, $5))::text[]
                 ) AND ($7 IS NULL OR t.key <> $7)
                 ORDER BY 2, 1 LIMIT $6;
             END $body$
@@ -157,9 +172,7 @@ BEGIN
             BEGIN
                 RETURN QUERY
                 WITH delta AS MATERIALIZED (
-                    SELECT ehub.deciding_keys(
-                        quote_ident(current_user)::regrole, %4$s, $4, '{}', 1, 1
-                    ) AS keys
+                    SELECT ehub.deciding_keys(%4$s, $4, '{}', 1, 1) AS keys
                 ), changed AS MATERIALIZED (
                     SELECT c.key FROM delta AS d, unnest(d.keys) AS c (key)
                 ), short AS MATERIALIZED (
@@ -215,7 +228,6 @@ CREATE OR REPLACE FUNCTION ehub.nearest(
 ) RETURNS TABLE (key text, distance float8, metadata jsonb)
 LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    me regrole := quote_ident(current_user)::regrole;
     target ehub.catalogue := ehub.require_space(space);
     mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
     needed int;
@@ -230,7 +242,7 @@ BEGIN
         asked := needed;
         FOR attempt IN 1 .. 2 LOOP
             proposed := ehub.candidates(
-                me, target.index_id, 1, asked,
+                target.version_id, 1, asked,
                 encode(@vector@.vector_send(query), 'hex')
             );
             reason := proposed.reason;
@@ -240,7 +252,7 @@ BEGIN
                 'check_v' || target.version_id
             ) USING query, proposed.keys, proposed.watermark, asked, needed, k, leave_out;
             IF FOUND OR ehub.deciding_keys(
-                me, target.version_id, proposed.watermark, proposed.keys, asked, needed
+                target.version_id, proposed.watermark, proposed.keys, asked, needed
             ) IS NOT NULL THEN
                 RETURN;
             END IF;
@@ -269,7 +281,6 @@ RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
 LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
-    me regrole := quote_ident(current_user)::regrole;
     target ehub.catalogue := ehub.require_space(space);
     mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
     asked int := least(k, 1000000000);
@@ -285,7 +296,7 @@ BEGIN
         PERFORM ehub.choice('ehub.consistency', 'strong', 'eventual');
         FOR attempt IN 1 .. 2 LOOP
             proposed := ehub.candidates(
-                me, target.index_id, cardinality(queries), asked, (
+                target.version_id, cardinality(queries), asked, (
                     SELECT string_agg(encode(@vector@.vector_send(v.query), 'hex'), '')
                     FROM unnest(queries) AS v (query)
                 )
@@ -301,7 +312,7 @@ BEGIN
                     generate_series(1, c.n)
             ), proposed.watermark, asked, k;
             IF FOUND OR cardinality(proposed.keys) = 0 AND ehub.deciding_keys(
-                me, target.version_id, proposed.watermark, '{}', 1, 1
+                target.version_id, proposed.watermark, '{}', 1, 1
             ) IS NOT NULL THEN
                 RETURN;
             END IF;
@@ -332,13 +343,12 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.index_missing(space text, seen pg_snapshot) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    me regrole := quote_ident(current_user)::regrole;
     target ehub.catalogue := ehub.require_space(space);
     anything @vector@.vector := array_fill(1::real, ARRAY[target.dims]);
     proposed record;
 BEGIN
     proposed := ehub.candidates(
-        me, target.index_id, 1, 1, encode(@vector@.vector_send(anything), 'hex')
+        target.version_id, 1, 1, encode(@vector@.vector_send(anything), 'hex')
     );
     IF proposed.reason IS NULL AND (
         pg_snapshot_xmax(proposed.watermark) < pg_snapshot_xmax(seen)

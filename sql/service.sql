@@ -19,7 +19,7 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.enter_incarnation() RETURNS uuid
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM pg_advisory_xact_lock(1701344610, 4);
+    LOCK TABLE ehub.incarnation IN SHARE ROW EXCLUSIVE MODE;
     IF (ehub.incarnation()).token IS NULL THEN
         DELETE FROM ehub.incarnation;
         INSERT INTO ehub.incarnation (token, started_at, database, prompt)
@@ -179,7 +179,9 @@ BEGIN
     END IF;
     SELECT bool_or(coalesce(a.state_change > clock_timestamp() - interval '2 s', true)) INTO alive
     FROM pg_stat_activity AS a
-    WHERE a.application_name = 'ehub pulse' AND a.datname = current_database();
+    WHERE a.application_name = 'ehub pulse' AND a.datname = current_database()
+        -- Others may call themselves the same.
+        AND ehub.is_owner(a.usesysid::regrole);
     RETURN CASE
         WHEN alive IS NULL THEN 'the index service is not connected'
         WHEN NOT alive THEN 'the index service does not move'
@@ -187,7 +189,7 @@ BEGIN
 END $$;
 
 -- Ask the service for the `k` nearest of each of `n` queries, given as the hexadecimal form of what
--- vector_send writes, one after the other.
+-- vector_send writes, one after the other; by the index that has just the rows that the caller sees.
 --
 -- Returns the candidates, one query's after the other's, how many each has, and the watermark as of
 -- which they are right; or the reason why there are none. Takes bounded time, and a service that
@@ -196,11 +198,11 @@ END $$;
 -- dblink waits without a deadline. Where the service does not promise to keep one, the answer is
 -- polled for: for a moment without rest, then once a millisecond, for there is no shorter sleep.
 CREATE OR REPLACE FUNCTION ehub.candidates(
-    caller ehub.caller,
-    index_id bigint,
+    version_id bigint,
     n int,
     k int,
     queries text,
+    caller ehub.caller DEFAULT ehub.me(),
     OUT reason text,
     OUT watermark pg_snapshot,
     OUT counts int[],
@@ -209,12 +211,14 @@ CREATE OR REPLACE FUNCTION ehub.candidates(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET client_min_messages = error AS $$
 DECLARE
+    me regrole := ehub.role_of(caller);
     -- Until when the service is left alone, in seconds since 1970, and how often it has failed.
     breaker float8[] := nullif(current_setting('ehub.breaker', true), '');
     patience float8 := ehub.whole_setting('ehub.service_timeout', 1000) + 20 * n;
     sent timestamptz := clock_timestamp();
     nonce text := date_part('epoch', sent);
     life ehub.incarnation;
+    index_id bigint;
     statement text;
     waited float8;
     answer record;
@@ -232,15 +236,15 @@ BEGIN
         reason := ehub.service_missing();
         RETURN;
     END IF;
-    SELECT format(
-        'CANDIDATES %s %s %s %s %s %s %s',
-        nonce, life.token, i.id, n, k, ehub.whole_setting('ehub.ef_search', 0), queries
-    ) INTO statement
-    FROM ehub.index AS i WHERE i.id = index_id AND ehub.sees_all_rows(caller, i.version_id);
-    IF NOT FOUND THEN
-        reason := 'not every row may be read';
+    index_id := ehub.index_of(me, version_id);
+    IF index_id IS NULL THEN
+        reason := 'no index has just the rows that may be read';
         RETURN;
     END IF;
+    statement := format(
+        'CANDIDATES %s %s %s %s %s %s %s',
+        nonce, life.token, index_id, n, k, ehub.whole_setting('ehub.ef_search', 0), queries
+    );
 
     FOR attempt IN 1 .. 2 LOOP
         BEGIN

@@ -3,41 +3,49 @@
 -- Keep the change log for a copy, for an hour from now; returns what names this state (see
 -- ehub.acknowledge), NULL for those who may not know which rows they do not see.
 CREATE OR REPLACE FUNCTION ehub.hold_log(
-    caller ehub.caller, id uuid, version_id bigint, watermark pg_snapshot, place text, rows bigint
+    id uuid,
+    version_id bigint,
+    watermark pg_snapshot,
+    place text,
+    rows bigint,
+    caller ehub.caller DEFAULT ehub.me()
 ) RETURNS uuid
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     nonce uuid := gen_random_uuid();
 BEGIN
-    IF pg_is_in_recovery() OR NOT ehub.sees_all_rows(caller, $3) OR EXISTS (
-        SELECT FROM ehub.replica AS r WHERE r.id = $2 AND r.state <> 'snapshot'
+    IF pg_is_in_recovery() OR NOT ehub.sees_all_rows(ehub.role_of(caller), $2) OR EXISTS (
+        SELECT FROM ehub.replica AS r WHERE r.id = $1 AND r.state <> 'snapshot'
     ) THEN
         RETURN NULL;
     END IF;
     PERFORM ehub.acknowledge(
-        $2, i.id, left($5, 200), $4, nonce, $6, interval '1 hour', 'snapshot'
+        $1, i.id, $4, $3, nonce, $5, interval '1 hour', 'snapshot'
     )
-    FROM ehub.index AS i WHERE i.version_id = $3;
+    FROM ehub.index AS i WHERE i.version_id = $2 AND i.rows IS NULL;
     RETURN nonce;
 END $$;
 
 -- The keys that have changed since the log was held; NULL where that is not known any more.
 CREATE OR REPLACE FUNCTION ehub.changed_since(
-    caller ehub.caller, id uuid, nonce uuid, version_id bigint, watermark pg_snapshot
+    id uuid,
+    nonce uuid,
+    version_id bigint,
+    watermark pg_snapshot,
+    caller ehub.caller DEFAULT ehub.me()
 ) RETURNS text[]
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     whole boolean;
     keys text[];
 BEGIN
-    IF NOT ehub.sees_all_rows(caller, $4)
-        OR ehub.trimmed_below() > pg_snapshot_xmin(watermark)
-        OR NOT EXISTS (SELECT FROM ehub.replica AS r WHERE r.id = $2 AND r.nonce = $3)
+    IF NOT ehub.sees_all_rows(ehub.role_of(caller), $3)
+        OR NOT EXISTS (SELECT FROM ehub.replica AS r WHERE r.id = $1 AND r.nonce = $2)
     THEN
         RETURN NULL;
     END IF;
     SELECT bool_or(c.keys IS NULL), array_agg(DISTINCT key) INTO whole, keys
-    FROM ehub.changes($4, watermark) AS c LEFT JOIN unnest(c.keys) AS key ON true;
+    FROM ehub.read_log($3, watermark) AS c LEFT JOIN unnest(c.keys) AS key ON true;
     RETURN CASE WHEN whole THEN NULL ELSE coalesce(keys, '{}') END;
 END $$;
 

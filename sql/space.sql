@@ -12,18 +12,21 @@ BEGIN
 END $$;
 
 -- Make a space with a version "v1", which is current. Returns the version's id. M, ef_construction
--- and target_recall are those of its index.
+-- and target_recall are those of its index. For who may call this (ehub.grant_create), and manages
+-- the space then.
 CREATE OR REPLACE FUNCTION ehub.create_space(
     name text,
     dims int,
     metric text DEFAULT 'l2',
     m int DEFAULT 16,
     ef_construction int DEFAULT 200,
-    target_recall float8 DEFAULT 0.95
+    target_recall float8 DEFAULT 0.95,
+    caller ehub.caller DEFAULT ehub.me()
 ) RETURNS bigint
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
+    me regrole := ehub.role_of(caller);
     space_id bigint;
     version_id bigint;
 BEGIN
@@ -37,6 +40,16 @@ BEGIN
     version_id := ehub.add_version(space_id, 'v1', $2, $3, $4, $5, $6, NULL);
     UPDATE ehub.space SET current_version_id = version_id WHERE id = space_id;
     PERFORM ehub.show_version($1, version_id);
+    INSERT INTO ehub.access (space_id, role, privilege, rows, granted_by)
+    SELECT space_id, a.role, a.privilege, a.rows, a.granted_by
+    FROM ehub.access AS a WHERE a.space_id IS NULL AND a.privilege <> 'create'
+    UNION
+    SELECT space_id, me, 'admin', NULL, me::text WHERE NOT ehub.is_owner(me)
+    ON CONFLICT DO NOTHING;
+    PERFORM ehub.apply_access(space_id);
+    PERFORM ehub.log_action(
+        me, 'create_space', $1, jsonb_build_object('dims', $2, 'metric', $3)
+    );
     PERFORM ehub.ring();
     RETURN version_id;
 END $$;
@@ -154,12 +167,15 @@ BEGIN
     END LOOP;
 END $$;
 
--- Delete a space with all its versions. It waits for those who use them.
-CREATE OR REPLACE FUNCTION ehub.delete_space(name text) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+-- Delete a space with all its versions. It waits for those who use them. For its admins.
+CREATE OR REPLACE FUNCTION ehub.delete_space(
+    name text,
+    caller ehub.caller DEFAULT ehub.me()
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    PERFORM ehub.require_admin(caller, split_part($1, '@', 1));
     PERFORM FROM ehub.space AS s WHERE s.name = $1 FOR UPDATE;
-    PERFORM ehub.require_space(split_part($1, '@', 1));
     IF strpos($1, '@') > 0 THEN
         RAISE EXCEPTION '% is a version, not a space', quote_literal($1) USING ERRCODE = 'EH003',
             HINT = 'ehub.drop_version drops a version';
@@ -168,6 +184,7 @@ BEGIN
     UPDATE ehub.space AS s SET current_version_id = NULL WHERE s.name = $1;
     PERFORM ehub.remove_version($1, v.name, v.id)
     FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id WHERE s.name = $1;
+    PERFORM ehub.log_action(ehub.role_of(caller), 'delete_space', $1);
     DELETE FROM ehub.space AS s WHERE s.name = $1;
     PERFORM ehub.ring();
 END $$;

@@ -11,19 +11,22 @@ END $$;
 
 -- The keys that changed since a watermark, for those who see all rows.
 CREATE OR REPLACE FUNCTION ehub.lag(
-    caller ehub.caller, version_id bigint, watermark pg_snapshot
+    version_id bigint,
+    watermark pg_snapshot,
+    caller ehub.caller DEFAULT ehub.me()
 ) RETURNS bigint
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN (
-        SELECT coalesce(sum(cardinality(c.keys)), 0) FROM ehub.changes(version_id, watermark) AS c
-        WHERE ehub.sees_all_rows(caller, version_id)
+        SELECT coalesce(sum(cardinality(c.keys)), 0) FROM ehub.read_log(version_id, watermark) AS c
+        WHERE ehub.sees_all_rows(ehub.role_of(caller), version_id)
     );
 END $$;
 
--- Every version that is kept warm, and beside it every copy of its index. Lag: keys changed since what the copy has
--- last reported as applied. In SQL: what ehub.nearest does, and why it is slow where it is.
-CREATE OR REPLACE VIEW ehub.status AS
+-- Every version that is kept warm, and beside it every copy of its indexes, for those who see all of
+-- its rows. Lag: keys changed since what the copy has last reported as applied. In SQL: what
+-- ehub.nearest does, and why it is slow where it is.
+CREATE OR REPLACE VIEW ehub.status WITH (security_barrier) AS
 SELECT
     c.space,
     c.version,
@@ -35,16 +38,20 @@ SELECT
     r.place,
     r.rows AS indexed_rows,
     r.tombstones,
-    ehub.lag(quote_ident(current_user)::regrole, c.version_id, r.applied) AS lag,
+    ehub.lag(c.version_id, r.applied) AS lag,
     r.ef,
     r.recall,
     r.memory,
     r.reported_at,
     r.last_error,
     coalesce('exact: ' || ehub.service_missing(), 'by the index service') AS in_sql,
-    c.index_id,
-    c.current
+    coalesce(i.id, c.index_id) AS index_id,
+    c.current,
+    i.rows AS of_rows
 FROM ehub.catalogue AS c
-LEFT JOIN ehub.replica AS r ON r.index_id = c.index_id AND r.expires_at > clock_timestamp()
+LEFT JOIN (
+    ehub.index AS i
+    LEFT JOIN ehub.replica AS r ON r.index_id = i.id AND r.expires_at > clock_timestamp()
+) ON i.version_id = c.version_id AND ehub.sees_all(c.version_id)
 WHERE c.current OR c.warm OR r.index_id IS NOT NULL
-ORDER BY c.space, c.version_id, r.reported_at DESC;
+ORDER BY c.space, c.version_id, i.rows NULLS FIRST, r.reported_at DESC;

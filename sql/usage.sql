@@ -1,57 +1,102 @@
--- Who may call what: everybody what reads and writes spaces under rights of their own, the owner
--- alone the rest. Rights on spaces are rights on their views and data tables.
+-- Who may call what: everybody what reads and writes spaces under rights of their own, or looks at
+-- the caller's rights first; the owner alone the rest. Rights on spaces are granted by ehub.grant.
 
-GRANT USAGE ON SCHEMA ehub, ehub_data, spaces TO PUBLIC;
-GRANT SELECT ON
-    ehub.catalogue,
-    ehub.checkpoints,
-    ehub.migration,
-    ehub.promotions,
-    ehub.setting,
-    ehub.status,
-    ehub.versions
-TO PUBLIC;
-REVOKE EXECUTE ON ALL FUNCTIONS IN SCHEMA ehub FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION
-    ehub.address,
-    ehub.candidates,
-    ehub.changed_since,
-    ehub.choice,
-    ehub.count_rows,
-    ehub.deciding_keys,
-    ehub.delete,
-    ehub.diff,
-    ehub.diff_keys,
-    ehub.distance_operator,
-    ehub.get,
-    ehub.hold_log,
-    ehub.images,
-    ehub.index_missing,
-    ehub.lag,
-    ehub.merge_staged,
-    ehub.nearest,
-    ehub.nearest_at,
-    ehub.nearest_exact,
-    ehub.nearest_exact_to,
-    ehub.nearest_many,
-    ehub.nearest_to,
-    ehub.overlap,
-    ehub.overlap_of_queries,
-    ehub.refuse_key,
-    ehub.refuse_row,
-    ehub.relation_at,
-    ehub.relation_of_diff,
-    ehub.release_log,
-    ehub.require_checkpoint,
-    ehub.require_exact_is_allowed,
-    ehub.require_query,
-    ehub.require_space,
-    ehub.require_usable,
-    ehub.rows_at,
-    ehub.service_missing,
-    ehub.set,
-    ehub.shared,
-    ehub.stage,
-    ehub.stop_writers,
-    ehub.write_staged
-TO PUBLIC;
+-- What everybody may call.
+CREATE OR REPLACE FUNCTION ehub.for_everybody() RETURNS name[]
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ARRAY[
+        -- Rows, under the caller's own rights.
+        'address', 'choice', 'condition', 'count_rows', 'delete', 'diff', 'diff_keys',
+        'distance_operator', 'get', 'index_missing', 'merge_staged', 'nearest', 'nearest_at',
+        'nearest_exact', 'nearest_exact_to', 'nearest_many', 'nearest_to', 'overlap',
+        'overlap_of_queries', 'refuse_key', 'refuse_row', 'refuse_space', 'relation_at',
+        'relation_of_diff', 'require_checkpoint', 'require_exact_is_allowed', 'require_query',
+        'require_read_committed', 'require_space', 'require_usable', 'rows_at', 'set', 'shared',
+        'stage', 'stop_writers', 'whole_setting', 'write_staged',
+        -- With the owner's rights, for callers who see all rows of a version; of who calls.
+        'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_log', 'images', 'lag',
+        'me', 'sees_all', 'this_statement',
+        -- For replicas: to such callers, or to whoever knows what it was given before.
+        'acknowledge', 'acknowledged', 'forget_replica', 'recognise', 'release_log', 'report',
+        'trim', 'trimmed_below',
+        -- With the owner's rights, for the admins of a space.
+        'checkpoint', 'create_version', 'delete_space', 'drop_checkpoint', 'drop_version', 'freeze',
+        'grant', 'keep_warm', 'promote', 'restore', 'revoke', 'rollback',
+        -- For the owner and its members.
+        'grant_create', 'grant_default', 'revoke_create', 'revoke_default',
+        -- With the owner's rights, and nothing to tell that is not for everybody.
+        'service_missing'
+    ]::name[]
+$$;
+
+-- What everybody may look at: views that show what is for who looks.
+CREATE OR REPLACE FUNCTION ehub.shown_to_everybody() RETURNS name[]
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ARRAY[
+        'audit_trail', 'catalogue', 'checkpoints', 'grants', 'indexes', 'migration',
+        'promotions', 'setting', 'status', 'versions', 'whoami'
+    ]::name[]
+$$;
+
+-- Make the rights on schema ehub these.
+CREATE OR REPLACE FUNCTION ehub.apply_usage() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    one record;
+BEGIN
+    FOR one IN
+        SELECT n.nspname, CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS role
+        FROM pg_namespace AS n, aclexplode(n.nspacl) AS a
+        WHERE n.nspname IN ('ehub', 'ehub_data', 'spaces') AND a.grantee <> n.nspowner
+            AND a.privilege_type = 'CREATE'
+    LOOP
+        EXECUTE format('REVOKE CREATE ON SCHEMA %I FROM %s CASCADE', one.nspname, one.role);
+    END LOOP;
+    GRANT USAGE ON SCHEMA ehub, ehub_data, spaces TO PUBLIC;
+    FOR one IN
+        SELECT c.relname, CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS role
+        FROM pg_class AS c, aclexplode(c.relacl) AS a
+        WHERE c.relnamespace = 'ehub'::regnamespace AND a.grantee <> c.relowner
+        GROUP BY 1, 2
+    LOOP
+        EXECUTE format('REVOKE ALL ON ehub.%I FROM %s CASCADE', one.relname, one.role);
+    END LOOP;
+    EXECUTE (
+        SELECT 'GRANT SELECT ON ' || string_agg(format('ehub.%I', shown), ', ') || ' TO PUBLIC'
+        FROM unnest(ehub.shown_to_everybody()) AS shown
+    );
+    FOR one IN
+        SELECT p.oid::regprocedure AS name, p.proname = ANY (ehub.for_everybody()) AS due
+        FROM pg_proc AS p WHERE p.pronamespace = 'ehub'::regnamespace
+            AND has_function_privilege(0::oid, p.oid, 'EXECUTE') <> (p.proname = ANY (ehub.for_everybody()))
+    LOOP
+        EXECUTE format(
+            CASE WHEN one.due THEN 'GRANT EXECUTE ON FUNCTION %s TO PUBLIC'
+                ELSE 'REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC' END,
+            one.name
+        );
+    END LOOP;
+END $$;
+
+SELECT ehub.apply_usage();
+
+-- What was granted by hand before there was a record is recorded once, as far as it can be.
+DO $$
+DECLARE
+    one bigint;
+BEGIN
+    IF EXISTS (SELECT FROM ehub.setting AS s WHERE s.name = 'grants_recorded') THEN
+        RETURN;
+    END IF;
+    INSERT INTO ehub.setting VALUES ('grants_recorded', '');
+    INSERT INTO ehub.access (space_id, role, privilege, granted_by)
+    SELECT s.id, g.role, CASE WHEN bool_or(g.privilege = 'INSERT') THEN 'write' ELSE 'read' END,
+        current_user
+    FROM ehub.space AS s CROSS JOIN LATERAL ehub.rights_given(s.id) AS g
+    WHERE g.role <> 0 AND g.relation = to_regclass('ehub_data.v' || s.current_version_id)
+    GROUP BY s.id, g.role HAVING bool_or(g.privilege = 'SELECT')
+    ON CONFLICT DO NOTHING;
+    FOR one IN SELECT s.id FROM ehub.space AS s LOOP
+        PERFORM ehub.apply_access(one);
+    END LOOP;
+END $$;

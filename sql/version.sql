@@ -1,4 +1,5 @@
--- Versions of a space: made beside the current one, promoted, rolled back, frozen, dropped.
+-- Versions of a space: made beside the current one, promoted, rolled back, frozen, dropped. All of it for
+-- its admins.
 
 -- Make a version of a space beside the others. What is not said is as in `from_version`, whose rows
 -- are copied, or as in the current version. Returns the version's id.
@@ -10,10 +11,12 @@ CREATE OR REPLACE FUNCTION ehub.create_version(
     from_version text DEFAULT NULL,
     m int DEFAULT NULL,
     ef_construction int DEFAULT NULL,
-    target_recall float8 DEFAULT NULL
+    target_recall float8 DEFAULT NULL,
+    caller ehub.caller DEFAULT ehub.me()
 ) RETURNS bigint
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    allowed ehub.catalogue := ehub.require_admin(caller, $1);
     owner bigint := ehub.lock_space($1);
     current ehub.catalogue := ehub.require_space($1);
     source ehub.catalogue := current;
@@ -41,8 +44,12 @@ BEGIN
         owner, $2, $3, $4, $6, $7, $8,
         CASE WHEN from_version IS NOT NULL THEN source.version_id END
     );
-    PERFORM ehub.carry_rights('ehub_data.v' || current.version_id, 'ehub_data.v' || made);
-    PERFORM ehub.carry_rights(format('spaces.%I', $1), format('spaces.%I', $1 || '@' || $2));
+    PERFORM ehub.carry_policies('ehub_data.v' || current.version_id, 'ehub_data.v' || made);
+    PERFORM ehub.apply_access(owner);
+    PERFORM ehub.log_action(
+        ehub.role_of(caller), 'create_version', $1,
+        jsonb_build_object('version', $2, 'dims', $3, 'metric', $4, 'from_version', from_version)
+    );
     PERFORM ehub.ring();
     RETURN made;
 END $$;
@@ -54,25 +61,13 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
     SELECT s.id FROM ehub.space AS s WHERE s.name = $1 FOR NO KEY UPDATE
 $$;
 
--- Give one relation the rights that another has, besides its own: privileges and row policies.
--- Whoever may read, or may not, goes on so when a name comes to mean another version.
-CREATE OR REPLACE FUNCTION ehub.carry_rights(source regclass, target regclass) RETURNS void
+-- Give one data table the row policies that somebody has made on another, besides its own: whoever may
+-- not see a row goes on so when a name comes to mean another version. Ehub's own come with grants.
+CREATE OR REPLACE FUNCTION ehub.carry_policies(source regclass, target regclass) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    given record;
     policy record;
 BEGIN
-    FOR given IN
-        SELECT a.privilege_type, a.is_grantable,
-            CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS role
-        FROM pg_class AS c, aclexplode(c.relacl) AS a
-        WHERE c.oid = source AND a.grantee <> c.relowner
-    LOOP
-        EXECUTE format(
-            'GRANT %s ON %s TO %s%s', given.privilege_type, target, given.role,
-            CASE WHEN given.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END
-        );
-    END LOOP;
     FOR policy IN
         SELECT p.polname, p.polpermissive, p.polcmd,
             pg_get_expr(p.polqual, p.polrelid) AS shown,
@@ -84,7 +79,7 @@ BEGIN
                 FROM unnest(p.polroles) AS role
             ) AS roles
         FROM pg_policy AS p
-        WHERE p.polrelid = source
+        WHERE p.polrelid = source AND p.polname !~ '^ehub_[0-9]+$'
             AND NOT EXISTS (
                 SELECT FROM pg_policy AS o WHERE o.polrelid = target AND o.polname = p.polname
             )
@@ -114,8 +109,12 @@ CREATE OR REPLACE FUNCTION ehub.is_warm(target ehub.catalogue) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT count(*) FILTER (WHERE c.version_id = target.version_id)
         >= greatest(1, count(*) FILTER (WHERE c.current))
-    FROM ehub.catalogue AS c JOIN ehub.replica AS r ON r.index_id = c.index_id
+    FROM ehub.catalogue AS c
+    JOIN ehub.replica AS r ON r.index_id = c.index_id
+    JOIN pg_roles AS o ON o.rolname = r.role
     WHERE c.space = target.space AND r.state = 'ready' AND r.expires_at > clock_timestamp()
+        -- What others say of theirs keeps nobody waiting.
+        AND ehub.is_owner(o.oid)
 $$;
 
 -- Make a version the current one: from one moment on, its space's name means it.
@@ -132,14 +131,15 @@ CREATE OR REPLACE FUNCTION ehub.promote(
     k int DEFAULT 10,
     sample int DEFAULT 100,
     patience interval DEFAULT '1 minute',
+    caller ehub.caller DEFAULT ehub.me(),
     OUT from_version text,
     OUT to_version text,
     OUT warm boolean
 )
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     deadline timestamptz := clock_timestamp() + wait;
-    target ehub.catalogue := ehub.require_space($1 || '@' || $2);
+    target ehub.catalogue := ehub.require_admin(caller, $1 || '@' || $2);
     current ehub.catalogue := ehub.require_space($1);
     measured float8;
 BEGIN
@@ -168,7 +168,7 @@ BEGIN
     PERFORM ehub.require_another(current, target);
     from_version := current.version;
     to_version := target.version;
-    warm := ehub.switch('promote', current, target, patience);
+    warm := ehub.switch(ehub.role_of(caller), 'promote', current, target, patience);
 END $$;
 
 CREATE OR REPLACE FUNCTION ehub.require_another(current ehub.catalogue, target ehub.catalogue)
@@ -186,12 +186,14 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.rollback(
     space text,
     patience interval DEFAULT '1 minute',
+    caller ehub.caller DEFAULT ehub.me(),
     OUT from_version text,
     OUT to_version text,
     OUT warm boolean
 )
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    allowed ehub.catalogue := ehub.require_admin(caller, $1);
     owner bigint := ehub.lock_space($1);
     current ehub.catalogue := ehub.require_space($1);
     target ehub.catalogue;
@@ -208,7 +210,7 @@ BEGIN
     UPDATE ehub.promotion AS p SET undone = true WHERE p.space_id = owner AND p.id >= last;
     from_version := current.version;
     to_version := target.version;
-    warm := ehub.switch('rollback', current, target, patience);
+    warm := ehub.switch(ehub.role_of(caller), 'rollback', current, target, patience);
 END $$;
 
 -- The promotion that a rollback would undo.
@@ -222,11 +224,10 @@ $$;
 -- Let the name of a space mean another version, in a transaction that has locked the space. Indexes
 -- are kept of the new one and of the old one, for the way back; returns whether they are warm.
 CREATE OR REPLACE FUNCTION ehub.switch(
-    kind text, current ehub.catalogue, target ehub.catalogue, patience interval
+    role regrole, kind text, current ehub.catalogue, target ehub.catalogue, patience interval
 ) RETURNS boolean
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    deadline timestamptz := clock_timestamp() + patience;
     owner bigint := (SELECT s.id FROM ehub.space AS s WHERE s.name = target.space);
     warm boolean := ehub.is_warm(target);
     -- What the last switch has left need not be kept warm any longer, unless it is one of the two.
@@ -235,27 +236,22 @@ DECLARE
         FROM ehub.promotion AS p WHERE p.space_id = owner ORDER BY p.id DESC LIMIT 1
     );
 BEGIN
-    PERFORM ehub.carry_rights(
+    PERFORM ehub.carry_policies(
         'ehub_data.v' || current.version_id, 'ehub_data.v' || target.version_id
     );
-    LOOP
-        BEGIN
-            PERFORM ehub.show_version_at_once(target.space, target.version_id);
-            EXIT;
-        EXCEPTION WHEN lock_not_available THEN
-            IF clock_timestamp() > deadline THEN
-                RAISE EXCEPTION 'space %: transactions have been using spaces.% all the time',
-                    quote_literal(target.space), quote_ident(target.space)
-                    USING ERRCODE = 'EH018', HINT = 'nothing was changed';
-            END IF;
-            PERFORM pg_sleep(0.05);
-        END;
-    END LOOP;
+    PERFORM ehub.in_turns(
+        format('spaces.%I', target.space),
+        format('SELECT ehub.show_version(%L, %s)', target.space, target.version_id),
+        patience
+    );
     UPDATE ehub.space AS s SET current_version_id = target.version_id WHERE s.id = owner;
     UPDATE ehub.version AS v SET warm = v.id IS DISTINCT FROM left_before
     WHERE v.id IN (left_before, current.version_id, target.version_id);
-    INSERT INTO ehub.promotion (space_id, kind, from_version, to_version, from_version_id)
-    VALUES (owner, $1, current.version, target.version, current.version_id);
+    INSERT INTO ehub.promotion (space_id, by, kind, from_version, to_version, from_version_id)
+    VALUES (owner, role::text, $2, current.version, target.version, current.version_id);
+    PERFORM ehub.log_action(
+        role, $2, target.space, jsonb_build_object('from', current.version, 'to', target.version)
+    );
     IF NOT warm THEN
         RAISE NOTICE 'the index of %@% is not ready everywhere; searches are exact meanwhile',
             target.space, target.version;
@@ -264,26 +260,33 @@ BEGIN
     RETURN warm;
 END $$;
 
--- As ehub.show_version, but who comes meanwhile does not wait long behind this one.
-CREATE OR REPLACE FUNCTION ehub.show_version_at_once(space text, version_id bigint) RETURNS void
-LANGUAGE sql SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
-    SELECT ehub.show_version($1, $2)
-$$;
-
 -- Say whether replicas of its space keep an index of a version that is not current: as they do of
 -- a new one, and of the one before. Of the current version they always do.
-CREATE OR REPLACE FUNCTION ehub.keep_warm(address text, warm boolean DEFAULT true) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION ehub.keep_warm(
+    address text,
+    warm boolean DEFAULT true,
+    caller ehub.caller DEFAULT ehub.me()
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    target ehub.catalogue := ehub.require_admin(caller, $1);
 BEGIN
-    UPDATE ehub.version AS v SET warm = $2 WHERE v.id = (ehub.require_space($1)).version_id;
+    UPDATE ehub.version AS v SET warm = $2 WHERE v.id = target.version_id;
+    PERFORM ehub.log_action(
+        ehub.role_of(caller), 'keep_warm', target.space,
+        jsonb_build_object('version', target.version, 'warm', $2)
+    );
     PERFORM ehub.ring();
 END $$;
 
 -- Refuse all writes to a version from now on, by whomever and by whatever way. For good.
-CREATE OR REPLACE FUNCTION ehub.freeze(address text) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION ehub.freeze(
+    address text,
+    caller ehub.caller DEFAULT ehub.me()
+) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    target ehub.catalogue := ehub.require_space(address);
+    target ehub.catalogue := ehub.require_admin(caller, address);
     relation text := format('ehub_data.%I', 'v' || target.version_id);
 BEGIN
     PERFORM ehub.stop_writers(target);
@@ -296,6 +299,9 @@ BEGIN
     EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER ehub_frozen', relation);
     UPDATE ehub.version AS v SET frozen_at = clock_timestamp()
     WHERE v.id = target.version_id AND v.frozen_at IS NULL;
+    PERFORM ehub.log_action(
+        ehub.role_of(caller), 'freeze', target.space, jsonb_build_object('version', target.version)
+    );
 END $$;
 
 CREATE OR REPLACE FUNCTION ehub.refuse_write() RETURNS trigger
@@ -311,22 +317,32 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.stop_writers(target ehub.catalogue) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF current_setting('transaction_isolation') <> 'read committed' THEN
-        RAISE EXCEPTION 'space %: this needs isolation level READ COMMITTED',
-            quote_literal(target.space) USING ERRCODE = 'EH005';
-    END IF;
+    PERFORM ehub.require_read_committed(target.space);
     EXECUTE format(
         'LOCK TABLE ehub_data.%I IN SHARE ROW EXCLUSIVE MODE', 'v' || target.version_id
     );
 END $$;
 
+CREATE OR REPLACE FUNCTION ehub.require_read_committed(space text) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'space %: this needs isolation level READ COMMITTED', quote_literal(space)
+            USING ERRCODE = 'EH005';
+    END IF;
+END $$;
+
 -- Drop a version with its rows. Refused while it is current; and, without `force`, while a rollback
 -- would go back to it or it has checkpoints.
 CREATE OR REPLACE FUNCTION ehub.drop_version(
-    space text, version text, force boolean DEFAULT false
+    space text,
+    version text,
+    force boolean DEFAULT false,
+    caller ehub.caller DEFAULT ehub.me()
 ) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    allowed ehub.catalogue := ehub.require_admin(caller, $1);
     owner bigint := ehub.lock_space($1);
     target ehub.catalogue := ehub.require_space($1 || '@' || $2);
     needed text;
@@ -351,6 +367,9 @@ BEGIN
             quote_literal($2), needed USING ERRCODE = 'EH016', HINT = 'force drops it all the same';
     END IF;
     PERFORM ehub.remove_version($1, $2, target.version_id);
+    PERFORM ehub.log_action(
+        ehub.role_of(caller), 'drop_version', $1, jsonb_build_object('version', $2)
+    );
     PERFORM ehub.ring();
 END $$;
 
@@ -368,26 +387,15 @@ SELECT
 FROM ehub.catalogue AS c
 ORDER BY c.space, c.version_id;
 
--- What has been current: each promotion and rollback, the last one first.
+-- What has been current: each promotion and rollback, the last one first. For those who read the space
+-- by its name, whatever version that means.
 CREATE OR REPLACE VIEW ehub.promotions WITH (security_barrier) AS
 SELECT s.name AS space, p.at, p.by, p.kind, p.from_version, p.to_version
 FROM ehub.promotion AS p JOIN ehub.space AS s ON s.id = p.space_id
-WHERE EXISTS (SELECT FROM ehub.catalogue AS c WHERE c.space = s.name AND c.current)
+WHERE has_table_privilege(to_regclass(format('spaces.%I', s.name)), 'SELECT')
 ORDER BY p.id DESC;
 
 -- Versions that are older than their views.
-DO $$
-DECLARE
-    version record;
-BEGIN
-    FOR version IN
-        SELECT v.id, s.name AS space, s.name || '@' || v.name AS address
-        FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id
-        WHERE to_regclass(format('spaces.%I', s.name || '@' || v.name)) IS NULL
-    LOOP
-        PERFORM ehub.show_version(version.address, version.id);
-        PERFORM ehub.carry_rights(
-            format('spaces.%I', version.space), format('spaces.%I', version.address)
-        );
-    END LOOP;
-END $$;
+SELECT ehub.show_version(s.name || '@' || v.name, v.id)
+FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id
+WHERE to_regclass(format('spaces.%I', s.name || '@' || v.name)) IS NULL;

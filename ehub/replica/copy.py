@@ -27,6 +27,7 @@ from ehub.replica.log import (
     acknowledged_nonce,
     changed_keys,
     estimated_rows,
+    has_log_since,
     read_rows,
     stream_rows,
     take_snapshot,
@@ -217,7 +218,7 @@ class Copy:
                 self.fresh.redo |= self.fresh.applied
                 self.fresh.watermark = self.acknowledged
 
-    def bring(self, worker: Connection, snapshot: Watermark, trimmed: int, cycle: int) -> bool:
+    def bring(self, worker: Connection, snapshot: Watermark, cycle: int) -> bool:
         """Bring one index to the snapshot; True if its table had changed."""
         index, watermark, redo = self.index, self.watermark, self.redo
         fresh = self.fresh
@@ -241,7 +242,7 @@ class Copy:
             self._submit("compare", self._compare, index)
             return False
         try:
-            keys = changed_keys(worker, self.entry, watermark, redo, trimmed)
+            keys = changed_keys(worker, self.entry, watermark, redo)
         except Behind as why:
             _log.info("%s: %s; building its index anew", self.entry.address, why)
             self.state = State.BUILDING
@@ -479,7 +480,7 @@ class Copy:
             elif known:
                 self._acknowledge(connection, watermark, uuid.uuid4())
             # Asked after the lease is there: from then on nobody trims above it.
-            known = known and take_snapshot(connection)[1] <= watermark.xmin
+            known = known and has_log_since(connection, entry, watermark)
         if known:
             self.fresh = Fresh(index, watermark, saved=True)
         else:
@@ -538,8 +539,8 @@ class Copy:
         with Spool(self.store.folder, entry.dims) as spool:
             with contextlib.closing(self._shared.database.connect()) as connection:
                 with repeatable_read(connection):
-                    snapshot, trimmed = take_snapshot(connection)
-                    keys = changed_keys(connection, entry, state.watermark, state.redo, trimmed)
+                    snapshot = take_snapshot(connection)
+                    keys = changed_keys(connection, entry, state.watermark, state.redo)
                     for part, vectors in read_rows(connection, entry, keys):
                         self._check_stopped()
                         spool.write(part, vectors)
@@ -574,15 +575,14 @@ class Copy:
         with contextlib.closing(self._shared.database.connect()) as connection:
             while True:
                 with repeatable_read(connection):
-                    snapshot, _ = take_snapshot(connection)
+                    snapshot = take_snapshot(connection)
                     self.done, self.total = 0, estimated_rows(connection, entry)
                     with self._shared.database.connection() as other:
                         self._acknowledge(other, snapshot, uuid.uuid4())
                         self.unacknowledged = set()
                         self.mixed = self.index is not None
-                        trimmed = take_snapshot(other)[1]
-                    if trimmed > snapshot.xmin:
-                        continue
+                        if not has_log_since(other, entry, snapshot):
+                            continue
                     for keys, vectors in stream_rows(connection, entry):
                         self._check_stopped()
                         receive(keys, vectors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
@@ -18,7 +19,10 @@ _READ_KEYS = 1000
 
 
 class Entry(NamedTuple):
-    """A row of ``ehub.catalogue``: a version of a space, and its index."""
+    """A row of ``ehub.indexes``: a version of a space, and an index of it.
+
+    It is over all rows, or over those whose metadata contains one of the objects in ``rows``.
+    """
 
     space: str
     version: str
@@ -30,6 +34,15 @@ class Entry(NamedTuple):
     ef_construction: int
     target_recall: float
     current: bool
+    rows: list[dict[str, Any]] | None
+
+    @property
+    def limits(self) -> sql.Composable:
+        """The condition for a row to be in the index."""
+        if self.rows is None:
+            return sql.SQL("true")
+        objects = [json.dumps(one, ensure_ascii=False) for one in self.rows]
+        return sql.SQL("metadata @> ANY ({}::jsonb[])").format(sql.Literal(objects))
 
     @property
     def address(self) -> str:
@@ -56,54 +69,58 @@ class Behind(Exception):  # noqa: N818 - control flow, not an error
 
 
 def read_catalogue(connection: Connection, addresses: Collection[str] | None) -> list[Entry]:
-    """Return the versions to keep indexes of, current ones first.
+    """Return the indexes to keep, those of current versions first.
 
-    For the name of a space these are its current version and those that are to be kept warm, for
-    the address of a version just that one; None stands for the names of all spaces.
+    For the name of a space these are of its current version and of those that are to be kept warm,
+    for the address of a version just of that one; None stands for the names of all spaces, and for
+    the indexes over limited rows too, which only searches in SQL have a use for.
     """
     rows = connection.execute(
         "SELECT space, version, version_id, dims, metric, index_id, m, ef_construction,"
-        " target_recall, current FROM ehub.catalogue"
-        " WHERE (current OR warm) AND (%(names)s::text[] IS NULL OR space = ANY(%(names)s))"
-        " OR space || '@' || version = ANY(%(names)s)"
-        " ORDER BY current DESC, version_id",
+        " target_recall, current, rows FROM ehub.indexes"
+        " WHERE (current OR warm) AND %(names)s::text[] IS NULL OR rows IS NULL AND"
+        " ((current OR warm) AND space = ANY(%(names)s)"
+        " OR space || '@' || version = ANY(%(names)s))"
+        " ORDER BY current DESC, version_id, rows NULLS FIRST",
         {"names": None if addresses is None else list(addresses)},
     )
     return [Entry(*row) for row in rows]
 
 
-def take_snapshot(connection: Connection) -> tuple[Watermark, int]:
-    """Return the snapshot of the transaction, and the transaction below which the log is gone."""
-    row = connection.execute(
-        "SELECT pg_current_snapshot()::text, ehub.trimmed_below()::text::bigint"
-    ).fetchone()
+def take_snapshot(connection: Connection) -> Watermark:
+    """Return the snapshot of the transaction."""
+    row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
     assert row is not None  # noqa: S101 - a select without from
-    return Watermark.parse(row[0]), row[1]
+    return Watermark.parse(row[0])
+
+
+def has_log_since(connection: Connection, entry: Entry, watermark: Watermark) -> bool:
+    """Whether the log has all that a watermark does not see."""
+    row = connection.execute(
+        "SELECT ehub.trimmed_below(%s) <= %s::text::xid8", [entry.version_id, watermark.xmin]
+    ).fetchone()
+    return row == (True,)
 
 
 def acknowledged_nonce(
     connection: Connection, replica: uuid.UUID, index_id: int
 ) -> uuid.UUID | None:
     """Return the name of the last acknowledgement of a replica; None if it has no lease."""
-    row = connection.execute(
-        "SELECT nonce FROM ehub.replica WHERE id = %s AND index_id = %s", [replica, index_id]
-    ).fetchone()
+    row = connection.execute("SELECT ehub.acknowledged(%s, %s)", [replica, index_id]).fetchone()
     return None if row is None else row[0]
 
 
 def changed_keys(
-    connection: Connection, entry: Entry, watermark: Watermark, redo: set[str], trimmed: int
+    connection: Connection, entry: Entry, watermark: Watermark, redo: set[str]
 ) -> set[str]:
     """Return the keys that changed between a watermark and the transaction's snapshot."""
-    if trimmed > watermark.xmin:
-        raise Behind("the change log has been trimmed")
     changed = set(redo)
     for (keys,) in connection.execute(
         "SELECT keys FROM ehub.changes(%s, %s::text::pg_snapshot)",
         [entry.version_id, str(watermark)],
     ):
         if keys is None:
-            raise Behind("the table was truncated")
+            raise Behind("the table was truncated, or the change log has been trimmed")
         changed.update(keys)
     return changed
 
@@ -112,7 +129,9 @@ def read_rows(
     connection: Connection, entry: Entry, keys: set[str]
 ) -> Iterator[tuple[list[str], Matrix]]:
     """Read the current rows of some keys, as the transaction sees them."""
-    query = sql.SQL("SELECT key, embedding FROM {} WHERE key = ANY(%s)").format(entry.relation)
+    query = sql.SQL("SELECT key, embedding FROM {} WHERE key = ANY(%s) AND {}").format(
+        entry.relation, entry.limits
+    )
     wanted = list(keys)
     for start in range(0, len(wanted), _READ_KEYS):
         part = wanted[start : start + _READ_KEYS]
@@ -123,9 +142,9 @@ def read_rows(
 
 
 def stream_rows(connection: Connection, entry: Entry) -> Iterator[tuple[list[str], Matrix]]:
-    """Read the whole table, in batches, as the transaction sees it."""
-    query = sql.SQL("COPY (SELECT embedding, key FROM {}) TO STDOUT (FORMAT binary)")
-    with connection.cursor().copy(query.format(entry.relation)) as stream:
+    """Read all rows of the index, in batches, as the transaction sees them."""
+    query = sql.SQL("COPY (SELECT embedding, key FROM {} WHERE {}) TO STDOUT (FORMAT binary)")
+    with connection.cursor().copy(query.format(entry.relation, entry.limits)) as stream:
         yield from decode_rows(stream, entry.dims)
 
 

@@ -41,6 +41,8 @@ _RESTLESS_SECONDS = (0.005, 0.25)
 _BACKOFF_SECONDS = (0.1, 10.0)
 # How long a search waits for the replica before it goes exact.
 _PATIENCE_SECONDS = 1.0
+# So long an index answers without having heard that its rows may still be read.
+_TRUST_SECONDS = 30.0
 _TRIM_SECONDS = 60.0
 _LEAVE_SECONDS = 30.0
 
@@ -92,6 +94,8 @@ class Replica:
         self._gone: list[Copy] = []
         self._started = 0
         self._finished = 0
+        # When the database last said which indexes may be kept.
+        self._heard = float("-inf")
         # Before anything else where processes do not live long.
         self._trimmed_at = time.monotonic() - _TRIM_SECONDS
         self._thread: threading.Thread | None = None
@@ -145,14 +149,15 @@ class Replica:
         """Return the index of a space or version where it may answer, else None.
 
         It may if it is ready and sees what this process wrote; ``strong``: all that was committed
-        before the call. Waits a moment for either.
+        before the call. Waits a moment for either. And only while the database was heard of half
+        a minute ago at the most: what one may read can be taken away.
         """
         written: Collection[int] = self._written.get(address, ())
         if written:
             with self._shared.changed:
                 written = tuple(written)
         copy = self._meant.get(address)
-        if copy is None or not copy.serving():
+        if copy is None or not copy.serving() or time.monotonic() - self._heard > _TRUST_SECONDS:
             return None
         watermark = copy.watermark
         if strong or watermark is None or not all(watermark.sees(xid) for xid in written):
@@ -311,7 +316,7 @@ class Replica:
                 # Its snapshots do not say which transactions run on the primary.
                 raise UnavailableError("a standby has no watermarks to follow; searches are exact")
             if known != f"{system}/{database}":
-                worker.execute("SELECT ehub.recognise(%s, %s)", [system, database])
+                worker.execute("SELECT ehub.recognise()")
             # Copies say what they equal only after they were brought there over this connection.
             for copy in self._copies.values():
                 copy.forget_stamp()
@@ -356,13 +361,14 @@ class Replica:
         blocked = None
         worker.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         try:
-            snapshot, trimmed = take_snapshot(worker)
+            snapshot = take_snapshot(worker)
             self._update_copies(worker)
+            self._heard = time.monotonic()
             at_rest = all(copy.settled() for copy in self._copies.values() if copy.entry.current)
             for copy in self._copies.values():
                 if copy.entry.current or at_rest or copy.begun():
                     blocked = copy
-                    found |= copy.bring(worker, snapshot, trimmed, self._started)
+                    found |= copy.bring(worker, snapshot, self._started)
             worker.execute("COMMIT")
         except pg.LockNotAvailable:
             # TRUNCATE or DDL that is not committed: the others go on without this one.
@@ -397,6 +403,8 @@ class Replica:
                 copy = Copy(entry, folder / str(entry.index_id), self._shared)
                 self._copies[entry.index_id] = copy
             copy.entry = entry
+            if entry.rows is not None:
+                continue
             meant[entry.address] = copy
             if entry.current:
                 meant[entry.space] = copy
@@ -406,6 +414,8 @@ class Replica:
         if time.monotonic() - self._trimmed_at > _TRIM_SECONDS:
             self._trimmed_at = time.monotonic()
             worker.execute("SELECT ehub.trim()")
+            if self._everything:
+                worker.execute("SELECT ehub.tend_all_indexes()")
 
 
 def _space(address: str) -> str:

@@ -95,7 +95,11 @@ class Service:
 
     def ready(self) -> bool:
         """Whether the database is followed and the index of every current version answers."""
-        current = [copy for copy in self._replica.followed() if copy.entry.current]
+        current = [
+            copy
+            for copy in self._replica.followed()
+            if copy.entry.current and copy.entry.rows is None
+        ]
         return self._replica.connected and all(copy.serving() for copy in current)
 
     def close(self) -> None:

@@ -235,7 +235,7 @@ def test_roles_that_do_not_see_every_row_are_refused(space, db):
         db.execute("SET ROLE ehub_test_reader")
         with pytest.raises(psycopg.Error, match="there is no space 's'"):
             db.execute("SELECT * FROM ehub.rows_at('s', 'a')")
-        db.execute("RESET ROLE; GRANT SELECT ON ehub_data.v1 TO ehub_test_reader")
+        db.execute("RESET ROLE; SELECT ehub.grant('s', 'ehub_test_reader', 'read')")
         db.execute("SET ROLE ehub_test_reader")
         assert len(db.execute("SELECT * FROM ehub.rows_at('s', 'a')").fetchall()) == 100
         for denied in (

@@ -443,7 +443,7 @@ def test_roles_with_fewer_rights(space, db, url):
     """A reader refreshes too; who sees only some rows downloads those, each time anew."""
     db.execute(
         "CREATE ROLE ehub_test_reader LOGIN PASSWORD 'x';"
-        " GRANT SELECT ON ehub_data.v1, spaces.items TO ehub_test_reader"
+        " SELECT ehub.grant('items', 'ehub_test_reader', 'read')"
     )
     try:
         conninfo = psycopg.conninfo.make_conninfo(url, user="ehub_test_reader", password="x")
@@ -453,7 +453,7 @@ def test_roles_with_fewer_rights(space, db, url):
             assert snapshot.refresh() == (1, False)
             with pytest.raises(ehub.AccessDeniedError):
                 snapshot.overwrite_space("items", on_conflict="ours")
-            db.execute("GRANT INSERT, UPDATE, DELETE ON ehub_data.v1 TO ehub_test_reader")
+            db.execute("SELECT ehub.grant('items', 'ehub_test_reader', 'write')")
             fork = snapshot.fork()
             fork.set("k2", [4] * 8)
             assert fork.write_to_space("items") == (1, 0, [])

@@ -374,8 +374,8 @@ def test_frozen_survives_and_holds_in_python(connect, space, second):
 
 def test_rights_and_row_policies_go_with_the_name(space, db, role):
     (version,) = db.execute("SELECT version_id FROM ehub.catalogue").fetchone()
+    db.execute("SELECT ehub.grant('items', %s, 'read')", [role])
     db.execute(
-        f"GRANT SELECT ON spaces.items, ehub_data.v{version} TO {role};"
         f" ALTER TABLE ehub_data.v{version} ENABLE ROW LEVEL SECURITY;"
         f" CREATE POLICY part ON ehub_data.v{version} TO {role} USING (key < 'k2')"
     )
