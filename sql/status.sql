@@ -17,9 +17,11 @@ CREATE OR REPLACE FUNCTION ehub.lag(
 ) RETURNS bigint
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF NOT ehub.sees_all_rows(ehub.role_of(caller), version_id) THEN
+        RETURN 0;
+    END IF;
     RETURN (
         SELECT coalesce(sum(cardinality(c.keys)), 0) FROM ehub.read_log(version_id, watermark) AS c
-        WHERE ehub.sees_all_rows(ehub.role_of(caller), version_id)
     );
 END $$;
 

@@ -431,6 +431,9 @@ class Copy:
                 # The next cycle sees for itself that it is behind.
                 pass
             except Exception as error:
+                if self._dropped:
+                    # Its folder is gone, and its space or the right to it.
+                    return
                 self.failures += 1
                 self.error = f"{name}: {error}"
                 self.retry_at = time.monotonic() + min(0.5 * 2**self.failures, 60)
