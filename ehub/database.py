@@ -246,6 +246,11 @@ def _translate(error: psycopg.Error, space: str | None) -> errors.EhubError:
     # Functions of ehub's name it themselves.
     where = "" if space is None or text.startswith("space ") else f"space {space!r}: "
     if isinstance(error, pg.InsufficientPrivilege):
+        if "row-level security" in text:
+            text = (
+                "this role may write rows only whose metadata contains what its grant is limited"
+                " to, which `ehub whoami` shows"
+            )
         return errors.AccessDeniedError(where + text)
     if is_lost(error):
         return errors.UnavailableError(f"Postgres cannot be reached: {text}")

@@ -88,7 +88,7 @@ DECLARE
     relation record;
 BEGIN
     SELECT c.oid, c.relowner, c.relrowsecurity, c.relforcerowsecurity,
-        to_regclass(format('spaces.%I', s.name || '@' || v.name)) AS shown
+        to_regclass('spaces.' || quote_ident(s.name || '@' || v.name)) AS shown
     INTO relation
     FROM ehub.version AS v
     JOIN ehub.space AS s ON s.id = v.space_id

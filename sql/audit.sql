@@ -18,7 +18,7 @@ $$;
 CREATE OR REPLACE VIEW ehub.audit_trail WITH (security_barrier) AS
 SELECT a.at, a.role, a.login, a.address, a.application, a.space, a.action, a.detail
 FROM ehub.audit AS a LEFT JOIN ehub.space AS s ON s.id = a.space_id
-WHERE has_table_privilege(to_regclass(format('spaces.%I', s.name)), 'TRUNCATE')
+WHERE has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'TRUNCATE')
     OR pg_has_role(
         (SELECT n.nspowner FROM pg_namespace AS n WHERE n.nspname = 'ehub'), 'USAGE'
     )

@@ -60,7 +60,7 @@ BEGIN
         SELECT * FROM ehub.policies_due(v.id) AS d
         FULL JOIN (SELECT * FROM pg_policy AS p WHERE p.polrelid = c.oid) AS p ON p.polname = d.name
     ) AS x
-    CROSS JOIN LATERAL (SELECT x.name, x.role, x.command, x.condition) AS d
+    CROSS JOIN LATERAL (SELECT x.name) AS d
     CROSS JOIN LATERAL (
         SELECT x.polname, x.polname ~ '^ehub_[0-9]+$',
             ehub.policy_fits(x.polrelid, x.polname, x.command, x.role, x.condition)

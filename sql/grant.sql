@@ -218,8 +218,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     JOIN ehub.version AS v ON v.space_id = s.id AND coalesce(a.version_id, v.id) = v.id
     CROSS JOIN LATERAL (VALUES
         ('data', to_regclass('ehub_data.v' || v.id)::oid),
-        ('version', to_regclass(format('spaces.%I', s.name || '@' || v.name))::oid),
-        ('space', CASE WHEN a.version_id IS NULL THEN to_regclass(format('spaces.%I', s.name)) END)
+        ('version', to_regclass('spaces.' || quote_ident(s.name || '@' || v.name))::oid),
+        ('space', CASE WHEN a.version_id IS NULL THEN to_regclass('spaces.' || quote_ident(s.name)) END)
     ) AS t (kind, relation)
     JOIN LATERAL (VALUES
         ('SELECT', true),
@@ -241,8 +241,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     JOIN ehub.version AS v ON v.space_id = s.id
     JOIN pg_class AS c ON c.oid IN (
         to_regclass('ehub_data.v' || v.id), to_regclass('ehub_data.h' || v.id),
-        to_regclass(format('spaces.%I', s.name || '@' || v.name)),
-        to_regclass(format('spaces.%I', s.name))
+        to_regclass('spaces.' || quote_ident(s.name || '@' || v.name)),
+        to_regclass('spaces.' || quote_ident(s.name))
     )
     CROSS JOIN LATERAL aclexplode(c.relacl) AS a
     WHERE s.id = $1 AND a.grantee <> c.relowner
@@ -278,71 +278,106 @@ BEGIN
     END LOOP;
 END $$;
 
--- The row policies that ehub.access means for a version, none while no grant is limited: then no
--- search pays for them. `condition` is as Postgres writes it.
+-- The row policies that the grants on a version mean where there are any; `condition` is as Postgres
+-- writes it.
+CREATE OR REPLACE FUNCTION ehub.policies_of_grants(version_id bigint)
+RETURNS TABLE (name text, role oid, command "char", condition text, limited boolean)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT 'ehub_' || a.id, r.oid, CASE a.privilege WHEN 'read' THEN 'r' ELSE '*' END::"char",
+        CASE WHEN a.rows IS NULL THEN 'true' ELSE ehub.condition(a.rows) END, a.rows IS NOT NULL
+    FROM ehub.access AS a
+    JOIN ehub.version AS v ON v.space_id = a.space_id
+    JOIN pg_roles AS r ON r.oid = a.role
+    WHERE v.id = $1 AND coalesce(a.version_id, v.id) = v.id
+$$;
+
+-- Those that there are to be: none while no grant is limited, so that no search pays for them.
 CREATE OR REPLACE FUNCTION ehub.policies_due(version_id bigint)
 RETURNS TABLE (name text, role oid, command "char", condition text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    WITH grants AS (
-        SELECT a.* FROM ehub.access AS a
-        JOIN ehub.version AS v ON v.space_id = a.space_id
-        JOIN pg_roles AS r ON r.oid = a.role
-        WHERE v.id = $1 AND coalesce(a.version_id, v.id) = v.id
-    )
-    SELECT 'ehub_' || g.id, g.role::oid, CASE g.privilege WHEN 'read' THEN 'r' ELSE '*' END::"char",
-        CASE WHEN g.rows IS NULL THEN 'true' ELSE ehub.condition(g.rows) END
-    FROM grants AS g
-    WHERE EXISTS (SELECT FROM grants AS l WHERE l.rows IS NOT NULL)
+    SELECT g.name, g.role, g.command, g.condition FROM ehub.policies_of_grants($1) AS g
+    WHERE EXISTS (SELECT FROM ehub.policies_of_grants($1) AS l WHERE l.limited)
 $$;
 
+-- Make the row policies of a version what its grants mean.
+--
+-- That needs the table for itself, and a transaction of just the role that is to lose a right may
+-- hold it. So what shows nothing to anybody, because whom it was for has no privilege left, is tidied
+-- up only if that can be done at once; ehub.tend tries again.
 CREATE OR REPLACE FUNCTION ehub.apply_policies(version_id bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     relation regclass := to_regclass('ehub_data.v' || version_id);
+    index name := 'v' || version_id || '_metadata_idx';
+    limited boolean := EXISTS (SELECT FROM ehub.policies_due($1));
     change record;
-    dropped boolean := false;
 BEGIN
-    IF EXISTS (SELECT FROM ehub.policies_due($1)) THEN
+    IF limited THEN
         -- For the searches of those who see few rows. First, while readers are not kept out.
         EXECUTE format(
             'CREATE INDEX IF NOT EXISTS %I ON %s USING gin (metadata jsonb_path_ops)',
-            'v' || version_id || '_metadata_idx', relation
+            index, relation
         );
     END IF;
     FOR change IN
-        SELECT p.polname FROM pg_policy AS p
-        LEFT JOIN ehub.policies_due($1) AS d ON d.name = p.polname
-            AND ehub.policy_fits(p.polrelid, p.polname, d.command, d.role, d.condition)
-        WHERE p.polrelid = relation AND p.polname ~ '^ehub_[0-9]+$' AND d.name IS NULL
+        SELECT p.polname, EXISTS (
+            SELECT FROM pg_roles AS r, unnest(p.polroles) AS holder
+            WHERE pg_has_role(r.oid, holder, 'USAGE') AND NOT ehub.is_owner(r.oid::regrole)
+                AND has_table_privilege(r.oid, relation, 'SELECT, INSERT, UPDATE, DELETE')
+        ) AS shows
+        FROM pg_policy AS p
+        LEFT JOIN ehub.policies_of_grants($1) AS g ON g.name = p.polname
+            AND ehub.policy_fits(p.polrelid, p.polname, g.command, g.role, g.condition)
+        WHERE p.polrelid = relation AND p.polname ~ '^ehub_[0-9]+$' AND g.name IS NULL
     LOOP
-        PERFORM ehub.in_turns(
-            relation::text, format('DROP POLICY %I ON %s', change.polname, relation)
-        );
-        dropped := true;
+        BEGIN
+            PERFORM ehub.in_turns(
+                relation::text, format('DROP POLICY %I ON %s', change.polname, relation),
+                CASE WHEN change.shows THEN interval '10 s' ELSE '0' END
+            );
+        EXCEPTION WHEN SQLSTATE 'EH018' THEN
+            IF change.shows THEN
+                RAISE;
+            END IF;
+        END;
     END LOOP;
-    FOR change IN
-        SELECT d.* FROM ehub.policies_due($1) AS d
-        WHERE NOT EXISTS (
-            SELECT FROM pg_policy AS p WHERE p.polrelid = relation AND p.polname = d.name
-        )
-    LOOP
-        PERFORM ehub.in_turns(relation::text, format(
-            'CREATE POLICY %I ON %s FOR %s TO %s USING (%s)', change.name, relation,
-            CASE change.command WHEN 'r' THEN 'SELECT' ELSE 'ALL' END,
-            change.role::regrole, change.condition
-        ));
-    END LOOP;
-    IF EXISTS (SELECT FROM ehub.policies_due($1)) THEN
+    IF limited THEN
+        FOR change IN
+            SELECT d.* FROM ehub.policies_due($1) AS d
+            WHERE NOT EXISTS (
+                SELECT FROM pg_policy AS p WHERE p.polrelid = relation AND p.polname = d.name
+            )
+        LOOP
+            PERFORM ehub.in_turns(relation::text, format(
+                'CREATE POLICY %I ON %s FOR %s TO %s USING (%s)', change.name, relation,
+                CASE change.command WHEN 'r' THEN 'SELECT' ELSE 'ALL' END,
+                change.role::regrole, change.condition
+            ));
+        END LOOP;
         IF NOT (SELECT c.relrowsecurity FROM pg_class AS c WHERE c.oid = relation) THEN
             PERFORM ehub.in_turns(
                 relation::text, format('ALTER TABLE %s ENABLE ROW LEVEL SECURITY', relation)
             );
         END IF;
-    ELSIF dropped AND NOT EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = relation) THEN
-        PERFORM ehub.in_turns(
-            relation::text, format('ALTER TABLE %s DISABLE ROW LEVEL SECURITY', relation)
-        );
-        EXECUTE format('DROP INDEX ehub_data.%I', 'v' || version_id || '_metadata_idx');
+    ELSIF EXISTS (SELECT FROM pg_class AS c WHERE c.oid = to_regclass(format('ehub_data.%I', index)))
+    THEN
+        BEGIN
+            PERFORM ehub.in_turns(
+                relation::text, format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', relation), '0'
+            );
+            FOR change IN
+                SELECT p.polname FROM pg_policy AS p
+                WHERE p.polrelid = relation AND p.polname ~ '^ehub_[0-9]+$'
+            LOOP
+                EXECUTE format('DROP POLICY %I ON %s', change.polname, relation);
+            END LOOP;
+            IF NOT EXISTS (SELECT FROM pg_policy AS p WHERE p.polrelid = relation) THEN
+                EXECUTE format('ALTER TABLE %s DISABLE ROW LEVEL SECURITY', relation);
+            END IF;
+            EXECUTE format('DROP INDEX ehub_data.%I', index);
+        EXCEPTION WHEN SQLSTATE 'EH018' THEN
+            NULL;
+        END;
     END IF;
 END $$;
 
@@ -390,13 +425,12 @@ BEGIN
     END LOOP;
 END $$;
 
--- The same for all versions, from time to time: rows come and go.
-CREATE OR REPLACE FUNCTION ehub.tend_all_indexes() RETURNS void
+-- Look after all versions, from time to time: rows come and go, and what could not be tidied up may
+-- be free by now.
+CREATE OR REPLACE FUNCTION ehub.tend() RETURNS void
 LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    SELECT ehub.tend_indexes(v.id) FROM ehub.version AS v
-    WHERE EXISTS (
-        SELECT FROM ehub.access AS a WHERE a.space_id = v.space_id AND a.rows IS NOT NULL
-    ) OR EXISTS (SELECT FROM ehub.index AS i WHERE i.version_id = v.id AND i.rows IS NOT NULL)
+    SELECT ehub.tend_indexes(v.id), ehub.apply_policies(v.id) FROM ehub.version AS v
+    WHERE to_regclass('ehub_data.v' || v.id || '_metadata_idx') IS NOT NULL
 $$;
 
 -- Who may make spaces: EXECUTE on the function that does.
@@ -449,7 +483,8 @@ BEGIN
         EXCEPTION WHEN lock_not_available THEN
             IF clock_timestamp() > deadline THEN
                 RAISE EXCEPTION 'transactions have been using % all the time', relation
-                    USING ERRCODE = 'EH018', HINT = 'nothing was changed';
+                    USING ERRCODE = 'EH018',
+                    HINT = 'nothing was changed; to revoke all that a role has needs no waiting';
             END IF;
             PERFORM pg_sleep(0.05);
         END;
@@ -471,7 +506,7 @@ FROM ehub.access AS a
 LEFT JOIN ehub.space AS s ON s.id = a.space_id
 LEFT JOIN ehub.version AS v ON v.id = a.version_id
 LEFT JOIN pg_roles AS r ON r.oid = a.role
-WHERE has_table_privilege(to_regclass(format('spaces.%I', s.name)), 'TRUNCATE')
+WHERE has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'TRUNCATE')
     OR pg_has_role(r.oid, 'USAGE')
     OR pg_has_role((SELECT n.nspowner FROM pg_namespace AS n WHERE n.nspname = 'ehub'), 'USAGE')
 ORDER BY s.name, v.id, r.rolname, a.id;

@@ -392,10 +392,10 @@ ORDER BY c.space, c.version_id;
 CREATE OR REPLACE VIEW ehub.promotions WITH (security_barrier) AS
 SELECT s.name AS space, p.at, p.by, p.kind, p.from_version, p.to_version
 FROM ehub.promotion AS p JOIN ehub.space AS s ON s.id = p.space_id
-WHERE has_table_privilege(to_regclass(format('spaces.%I', s.name)), 'SELECT')
+WHERE has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'SELECT')
 ORDER BY p.id DESC;
 
 -- Versions that are older than their views.
 SELECT ehub.show_version(s.name || '@' || v.name, v.id)
 FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id
-WHERE to_regclass(format('spaces.%I', s.name || '@' || v.name)) IS NULL;
+WHERE to_regclass('spaces.' || quote_ident(s.name || '@' || v.name)) IS NULL;

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ehub.index.calibrate import calibrate_build, rows_to_hold_out
 from ehub.index.exact import comparable
 from ehub.index.hnsw import HnswIndex
+from ehub.index.lock import PRODUCTS
 from ehub.types import Matrix, Metric
 
 _BATCH = 4096
@@ -105,5 +106,7 @@ def _near_together(rows: Matrix) -> NDArray[np.int64]:
 
 
 def _nearest_mean(rows: Matrix, means: Matrix) -> NDArray[np.int64]:
-    nearest: NDArray[np.int64] = np.argmin((means**2).sum(axis=1) - 2 * rows @ means.T, axis=1)
+    with PRODUCTS.read():
+        products = rows @ means.T
+    nearest: NDArray[np.int64] = np.argmin((means**2).sum(axis=1) - 2 * products, axis=1)
     return nearest

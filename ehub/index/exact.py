@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ehub.index.lock import PRODUCTS
 from ehub.types import Matrix, Metric
 
 # Of an intermediate array: 16 MB.
@@ -134,7 +135,8 @@ def _below(
 def _pairwise(queries: Matrix, rows: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
     """Return the distance of each query to rows of its own, of shape ``(n or 1, k, dims)``."""
     if metric != "l2":
-        products: NDArray[np.float32] = (rows @ queries[:, :, None])[:, :, 0]
+        with PRODUCTS.read():
+            products: NDArray[np.float32] = (rows @ queries[:, :, None])[:, :, 0]
         return 1 - products
     apart = rows - queries[:, None]
     squares: NDArray[np.float32] = np.einsum("ikd,ikd->ik", apart, apart)
@@ -146,7 +148,8 @@ def _compare(queries: Matrix, rows: Matrix, metric: Metric) -> NDArray[np.float3
         # Around their own middle: far from the origin the squares would swallow the distances.
         middle = queries.mean(axis=0)
         queries, rows = queries - middle, rows - middle
-    products: NDArray[np.float32] = queries @ rows.T
+    with PRODUCTS.read():
+        products: NDArray[np.float32] = queries @ rows.T
     if metric != "l2":
         return 1 - products
     distances = -2 * products

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from ehub.index import tail
 from ehub.index.calibrate import Calibration
 from ehub.index.exact import brute_force, comparable, nearest_among, pgvector_distances
+from ehub.index.lock import ReadWriteLock
 from ehub.types import Matrix, Metric, Vector
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -87,7 +87,7 @@ class HnswIndex:
         self.metric: Metric = metric
         self._graph: _Graph = hnswlib.Index(_space(metric), dims)
         self._graph.init_index(max(capacity, 64), M, ef_construction)
-        self._lock = _ReadWriteLock()
+        self._lock = ReadWriteLock()
         # The key of each label; "" where the row was deleted or replaced.
         self._keys: list[str] = []
         # The label of each key, made of the list when it is first asked for; and their number.
@@ -386,7 +386,7 @@ class HnswIndex:
         index.dims, index.metric = dims, metric
         index._graph = hnswlib.Index(_space(metric), dims)
         index._graph.load_index(str(path), max_elements=_with_slack(len(keys)))
-        index._lock = _ReadWriteLock()
+        index._lock = ReadWriteLock()
         index._keys = keys
         # A start that only searches does without the mapping.
         index._labels_made = None
@@ -455,47 +455,6 @@ class HnswIndex:
         if not len(labels):
             return np.empty((0, self.dims), np.float32)
         return self._graph.get_items(np.asarray(labels, np.uint64))
-
-
-class _ReadWriteLock:
-    """Many readers or one writer; a writer that waits goes before readers that come later."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition(threading.Lock())
-        self._readers = 0
-        self._writing = False
-        self._waiting = 0
-
-    @contextlib.contextmanager
-    def read(self) -> Iterator[None]:
-        with self._condition:
-            while self._writing or self._waiting:
-                self._condition.wait()
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._readers -= 1
-                if not self._readers:
-                    self._condition.notify_all()
-
-    @contextlib.contextmanager
-    def write(self) -> Iterator[None]:
-        with self._condition:
-            self._waiting += 1
-            try:
-                while self._writing or self._readers:
-                    self._condition.wait()
-                self._writing = True
-            finally:
-                self._waiting -= 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._writing = False
-                self._condition.notify_all()
 
 
 def _space(metric: Metric) -> str:

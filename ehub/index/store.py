@@ -27,6 +27,7 @@ from typing import IO, Any, cast
 from ehub.errors import IndexFileError
 from ehub.index.calibrate import Calibration
 from ehub.index.hnsw import HnswIndex
+from ehub.index.lock import PRODUCTS
 from ehub.types import Metric
 
 _FORMAT = 2
@@ -277,7 +278,8 @@ def _fork(work: Callable[[], object]) -> int | None:
     with warnings.catch_warnings():
         # Python 3.12 warns of forking beside threads: the child must take no lock of theirs.
         warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+        with PRODUCTS.write():
+            child = os.fork()
     if child:
         return child
     status = 1

@@ -415,7 +415,7 @@ class Replica:
             self._trimmed_at = time.monotonic()
             worker.execute("SELECT ehub.trim()")
             if self._everything:
-                worker.execute("SELECT ehub.tend_all_indexes()")
+                worker.execute("SELECT ehub.tend()")
 
 
 def _space(address: str) -> str:

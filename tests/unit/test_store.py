@@ -187,3 +187,29 @@ def test_a_process_that_is_killed_in_the_middle_of_a_save_leaves_a_whole_one(tmp
         time.sleep(0.05)
     store.begin_save(make_index(10), BUILD, "1:1:")()
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_saving_beside_matrix_products_hangs_neither(tmp_path):
+    """OpenBLAS ends its threads when a process forks; who waits for one would wait for ever."""
+    program = f"""
+import threading, numpy as np
+from pathlib import Path
+from ehub.index import HnswIndex, IndexStore
+rows = np.random.default_rng(0).standard_normal((20000, 16), np.float32)
+index = HnswIndex(16, "l2")
+index.add([str(i) for i in range(500)], rows[:500])
+index.publish()
+store = IndexStore(Path({str(tmp_path)!r}))
+assert store.own()
+stop = threading.Event()
+def compare():
+    from ehub.index.exact import brute_force
+    while not stop.is_set():
+        brute_force(rows[:200], [(np.arange(len(rows)), rows)], 10, "l2")
+threads = [threading.Thread(target=compare) for _ in range(3)]
+for thread in threads: thread.start()
+for _ in range(60): store.begin_save(index, {{}}, "1:1:")()
+stop.set()
+for thread in threads: thread.join()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
