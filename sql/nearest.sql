@@ -275,23 +275,41 @@ BEGIN
     RETURN QUERY SELECT * FROM ehub.nearest(here, ehub.get(here, stored_key), k, stored_key);
 END $$;
 
--- The k nearest rows to each of many queries, in one trip to the index; q counts them from 1.
+-- The k nearest rows to each of many queries, in one trip to the index or, of very many, in several; q
+-- counts them from 1.
 CREATE OR REPLACE FUNCTION ehub.nearest_many(space text, queries @vector@.vector[], k int)
 RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
 LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
-    mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
-    asked int := least(k, 1000000000);
-    proposed record;
-    reason text;
+    -- Sixteen megabytes, as hexadecimal digits.
+    size int := greatest(1, 2000000 / (target.dims + 1));
 BEGIN
     IF coalesce(cardinality(queries), 0) = 0 THEN
         RAISE EXCEPTION 'space %: an empty batch: no queries were given', quote_literal(space)
             USING ERRCODE = 'EH005';
     END IF;
     PERFORM ehub.require_query(target, v.query, k) FROM unnest(queries) AS v (query);
+    FOR done IN 0 .. cardinality(queries) - 1 BY size LOOP
+        RETURN QUERY
+        SELECT done + n.q, n.key, n.distance, n.metadata
+        FROM ehub.nearest_of_batch(target, queries[done + 1 : done + size], k) AS n;
+    END LOOP;
+END $$;
+
+-- The same for a batch that goes in one trip, whose queries were checked.
+CREATE OR REPLACE FUNCTION ehub.nearest_of_batch(
+    target ehub.catalogue, queries @vector@.vector[], k int
+) RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
+LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+DECLARE
+    mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
+    asked int := least(k, 1000000000);
+    proposed record;
+    reason text;
+BEGIN
     IF mode <> 'exact' THEN
         PERFORM ehub.choice('ehub.consistency', 'strong', 'eventual');
         FOR attempt IN 1 .. 2 LOOP
@@ -319,7 +337,7 @@ BEGIN
             reason := 'too much has changed since it was brought up to date';
             asked := 2 * asked + 1000;
         END LOOP;
-        PERFORM ehub.require_exact_is_allowed(mode, space, reason);
+        PERFORM ehub.require_exact_is_allowed(mode, target.space, reason);
     END IF;
     RETURN QUERY
     SELECT v.q::int, n.key, n.distance, n.metadata

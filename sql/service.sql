@@ -236,6 +236,11 @@ BEGIN
         reason := ehub.service_missing();
         RETURN;
     END IF;
+    IF k > 10000 THEN
+        -- A search that keeps so many takes long, and memory that is everybody's.
+        reason := 'more than 10000 are asked for';
+        RETURN;
+    END IF;
     index_id := ehub.index_of(me, version_id);
     IF index_id IS NULL THEN
         reason := 'no index has just the rows that may be read';

@@ -8,8 +8,8 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         -- Rows, under the caller's own rights.
         'address', 'choice', 'condition', 'count_rows', 'delete', 'diff', 'diff_keys',
         'distance_operator', 'get', 'index_missing', 'merge_staged', 'nearest', 'nearest_at',
-        'nearest_exact', 'nearest_exact_to', 'nearest_many', 'nearest_to', 'overlap',
-        'overlap_of_queries', 'refuse_key', 'refuse_row', 'refuse_space', 'relation_at',
+        'nearest_exact', 'nearest_exact_to', 'nearest_many', 'nearest_of_batch', 'nearest_to',
+        'overlap', 'overlap_of_queries', 'refuse_key', 'refuse_row', 'refuse_space', 'relation_at',
         'relation_of_diff', 'require_checkpoint', 'require_exact_is_allowed', 'require_query',
         'require_read_committed', 'require_space', 'require_usable', 'rows_at', 'set', 'shared',
         'stage', 'stop_writers', 'whole_setting', 'write_staged',
@@ -45,7 +45,8 @@ DECLARE
     one record;
 BEGIN
     FOR one IN
-        SELECT n.nspname, CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS role
+        SELECT n.nspname, CASE WHEN a.grantee = 0 THEN 'PUBLIC'
+            ELSE a.grantee::regrole::text END AS role
         FROM pg_namespace AS n, aclexplode(n.nspacl) AS a
         WHERE n.nspname IN ('ehub', 'ehub_data', 'spaces') AND a.grantee <> n.nspowner
             AND a.privilege_type = 'CREATE'
@@ -54,7 +55,8 @@ BEGIN
     END LOOP;
     GRANT USAGE ON SCHEMA ehub, ehub_data, spaces TO PUBLIC;
     FOR one IN
-        SELECT c.relname, CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END AS role
+        SELECT c.relname, CASE WHEN a.grantee = 0 THEN 'PUBLIC'
+            ELSE a.grantee::regrole::text END AS role
         FROM pg_class AS c, aclexplode(c.relacl) AS a
         WHERE c.relnamespace = 'ehub'::regnamespace AND a.grantee <> c.relowner
         GROUP BY 1, 2
@@ -68,7 +70,8 @@ BEGIN
     FOR one IN
         SELECT p.oid::regprocedure AS name, p.proname = ANY (ehub.for_everybody()) AS due
         FROM pg_proc AS p WHERE p.pronamespace = 'ehub'::regnamespace
-            AND has_function_privilege(0::oid, p.oid, 'EXECUTE') <> (p.proname = ANY (ehub.for_everybody()))
+            AND has_function_privilege(0::oid, p.oid, 'EXECUTE')
+                <> (p.proname = ANY (ehub.for_everybody()))
     LOOP
         EXECUTE format(
             CASE WHEN one.due THEN 'GRANT EXECUTE ON FUNCTION %s TO PUBLIC'

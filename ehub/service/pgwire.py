@@ -35,8 +35,11 @@ _CANCEL, _TLS, _GSS = 80877102, 80877103, 80877104
 # Strangers get little memory and little time.
 _HANDSHAKE_BYTES = 1 << 16
 _HANDSHAKE_SECONDS = 5.0
-# A batch of 10,000 queries of 2,000 dims.
-_STATEMENT_BYTES = 1 << 28
+# So many at a time of those who have not shown that they know the secret: who comes then takes the
+# place of who has been at it longest, and never that of one who has.
+_STRANGERS = 64
+# Four times what ehub.nearest_many sends at once.
+_STATEMENT_BYTES = 1 << 26
 _ITERATIONS = 4096
 _TEXT = 25
 
@@ -118,6 +121,7 @@ class Door:
         self._tls, self._limit = tls, limit
         self._mutex = threading.Lock()
         self._connections: set[socket.socket] = set()
+        self._strangers: dict[socket.socket, None] = {}
         self._closed = False
         self._path: Path | None = None
         self._listener = self._listen(address)
@@ -192,14 +196,28 @@ class Door:
                 time.sleep(0.1)
                 continue
             with self._mutex:
-                full = len(self._connections) >= self._limit
-                if not full:
-                    self._connections.add(connection)
-            threading.Thread(
-                target=self._serve, args=(connection, full), name="ehub-client", daemon=True
-            ).start()
+                if len(self._strangers) >= _STRANGERS:
+                    longest = next(iter(self._strangers))
+                    del self._strangers[longest]
+                    with contextlib.suppress(OSError):
+                        longest.shutdown(socket.SHUT_RDWR)
+                self._connections.add(connection)
+                self._strangers[connection] = None
+            try:
+                threading.Thread(
+                    target=self._serve, args=(connection,), name="ehub-client", daemon=True
+                ).start()
+            except RuntimeError:
+                # No more threads are to be had.
+                self._part_from(connection)
 
-    def _serve(self, connection: socket.socket, full: bool) -> None:
+    def _part_from(self, connection: socket.socket) -> None:
+        with self._mutex:
+            self._connections.discard(connection)
+            self._strangers.pop(connection, None)
+        connection.close()
+
+    def _serve(self, connection: socket.socket) -> None:
         raw = connection
         try:
             if connection.family != socket.AF_UNIX:
@@ -207,10 +225,7 @@ class Door:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.settimeout(_HANDSHAKE_SECONDS)
             connection = self._start(connection)
-            if full:
-                connection.sendall(_error("53300", f"more than {self._limit} connections"))
-                return
-            self._authenticate(_Stream(connection, _HANDSHAKE_BYTES))
+            self._authenticate(_Stream(connection, _HANDSHAKE_BYTES), raw)
             connection.settimeout(None)
             self._converse(_Stream(connection, _STATEMENT_BYTES))
         except (_Refused, OSError, EOFError):
@@ -222,9 +237,8 @@ class Door:
         except Exception:
             _log.exception("a connection failed")
         finally:
-            with self._mutex:
-                self._connections.discard(raw)
             connection.close()
+            self._part_from(raw)
 
     def _start(self, connection: socket.socket) -> socket.socket:
         """Read the packets before the protocol proper; returns the connection, now maybe TLS."""
@@ -270,7 +284,7 @@ class Door:
                 )
             )
 
-    def _authenticate(self, stream: _Stream) -> None:
+    def _authenticate(self, stream: _Stream, connection: socket.socket) -> None:
         verifier = self._verifier()
         if verifier is None:
             stream.send(_error("57P03", "the database does not know this service yet"))
@@ -298,6 +312,12 @@ class Door:
         if signature is None:
             _log.warning("a wrong secret was refused")
             stream.send(_error("28P01", "wrong secret"))
+            raise _Refused
+        with self._mutex:
+            self._strangers.pop(connection, None)
+            full = len(self._connections) - len(self._strangers) > self._limit
+        if full:
+            stream.send(_error("53300", f"more than {self._limit} connections"))
             raise _Refused
         stream.send(
             _message(b"R", struct.pack(">I", 12), b"v=" + base64.b64encode(signature)),

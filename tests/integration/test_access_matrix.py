@@ -21,8 +21,8 @@ from ehub.database import Database
 from ehub.migrate import migrate
 
 # Whose output and errors must not hold these: keys, metadata, numbers of vectors, names.
-HUSH = ("hush", "classified", "777", "plan_b", "nightly", "elsewhere")
-OTHERS = ("hush", "classified", "777", "elsewhere")
+HUSH = ("hush", "classified", "77707", "plan_b", "nightly", "elsewhere")
+OTHERS = ("hush", "classified", "77707", "elsewhere")
 ELSEWHERE = ("elsewhere",)
 
 # What each kind of role may do; `silent` answers without an error and says nothing.
@@ -101,6 +101,10 @@ FUNCTIONS = {
     "nearest_exact": ("read", f"ehub.nearest_exact('secret', {V}, 50)"),
     "nearest_exact_to": ("read", "ehub.nearest_exact_to('secret', 'mine_1', 50)"),
     "nearest_many": ("read", f"ehub.nearest_many('secret', ARRAY[{V}, {V}], 50)"),
+    "nearest_of_batch": (
+        "read",
+        f"ehub.nearest_of_batch(ehub.require_space('secret'), ARRAY[{V}], 50)",
+    ),
     "nearest_to": ("read", "ehub.nearest_to('secret', 'mine_1', 50)"),
     "require_space": ("read", "ehub.require_space('secret')"),
     "diff": ("read", "ehub.diff('secret@v1', 'secret@plan_b')"),
@@ -249,12 +253,12 @@ def fill(hub, names, name="secret"):
     """A space with secrets, and everybody's grants on it."""
     space = hub.create_space(name, 2)
     space.multiset(
-        {f"hush_{i}": [777, i] for i in range(5)} | {f"mine_{i}": [1, i] for i in range(3)}
+        {f"hush_{i}": [77707, i] for i in range(5)} | {f"mine_{i}": [1, i] for i in range(3)}
     )
-    space.multiset([(f"hush_{i}", [777, i], {"note": "classified"}) for i in range(5)])
+    space.multiset([(f"hush_{i}", [77707, i], {"note": "classified"}) for i in range(5)])
     space.multiset([(f"mine_{i}", [1, i], {"tenant": 42}) for i in range(3)])
     space.checkpoint("nightly")
-    space.set("hush_1", [777, 9])
+    space.set("hush_1", [77707, 9])
     space.create_version("plan_b", from_version="v1")
     for kind in ("reader", "revoked", "group"):
         space.grant(names[kind], "read")
@@ -365,7 +369,7 @@ def test_relations(people):
             name = sql.Identifier(schema, relation)
             said, error = attempt(connection, sql.SQL("SELECT * FROM {}").format(name))
             assert (error is None) == reads, (kind, schema, relation, said)
-            check_silence(kind, said, relation)
+            check_silence(kind, said.replace(relation, ""), relation)
             if relkind == "S":
                 continue
             said, error = attempt(connection, sql.SQL("TRUNCATE {}").format(name))
@@ -381,9 +385,9 @@ def test_relations(people):
                     assert refused != writes or "owner" in may, (kind, relation, said)
                 elif "owner" not in may:
                     assert error is not None
-                check_silence(kind, said, relation)
+                check_silence(kind, said.replace(relation, ""), relation)
             said, _ = attempt(connection, sql.SQL("EXPLAIN SELECT * FROM {}").format(name))
-            check_silence(kind, said, relation)
+            check_silence(kind, said.replace(relation, ""), relation)
 
 
 def test_status_counts_for_who_asks(people):
