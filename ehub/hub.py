@@ -85,8 +85,8 @@ class Hub:
             SpaceNotFoundError: there is none of that name.
             VersionNotFoundError: the space has no such version.
         """
-        space = Space(name, self._database, self._index, self._replica)
-        found = space if version is None else space.version(version)
+        parts = (self._database, self._index, self._replica)
+        found = Space(name, *parts) if version is None else Version.of(name, version, *parts)
         return found.download_snapshot() if download_snapshot else found
 
     def resolve(self, address: str) -> Space | Version:

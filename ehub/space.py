@@ -13,9 +13,11 @@ from ehub import access, values
 from ehub.access import AuditEntry, Grant, Privilege
 from ehub.binary import VectorsParameter
 from ehub.collection import Collection
+from ehub.database import Database
 from ehub.diff import Diff, compare
 from ehub.errors import InvalidNameError, InvalidValueError, VersionNotFoundError
-from ehub.types import Matrix, Metadata, Metric
+from ehub.replica import Replica
+from ehub.types import IndexPlace, Matrix, Metadata, Metric
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,18 @@ class Version(Collection):
     has for rows, neighbours, checkpoints and snapshots. In SQL it is the view
     ``spaces."<space>@<version>"``, and ``<space>@<version>`` for functions.
     """
+
+    @classmethod
+    def of(
+        cls,
+        space: str,
+        name: object,
+        database: Database,
+        index: IndexPlace,
+        replica: Replica | None,
+    ) -> Version:
+        """Return the handle on a version of a space, also where one may see no other of it."""
+        return cls(_version_address(space, name), database, index, replica)
 
     @property
     def name(self) -> str:
@@ -97,9 +111,7 @@ class Space(Collection):
         Raises:
             VersionNotFoundError: there is none of that name.
         """
-        return Version(
-            self._version_address(name), self._database, self._index_place, self._replica
-        )
+        return Version.of(self._address, name, self._database, self._index_place, self._replica)
 
     def versions(self) -> list[Version]:
         """Return handles on all versions, the oldest first."""
@@ -147,7 +159,7 @@ class Space(Collection):
             else values.as_whole("ef_construction", ef_construction),
             None if target_recall is None else values.as_number("target_recall", target_recall),
         ]
-        self._version_address(name)
+        _version_address(self._address, name)
         with self._database.connection(self._address) as connection:
             connection.execute(
                 "SELECT ehub.create_version(%s, %s, %s::int, %s, %s, %s::int, %s::int, %s)",
@@ -181,7 +193,7 @@ class Space(Collection):
             "SELECT from_version, to_version, warm FROM ehub.promote("
             "%s, %s, %s, make_interval(secs => %s), %s::int, %s::int)",
             [
-                self._version_address(version).partition("@")[2],
+                _version_address(self._address, version).partition("@")[2],
                 None if min_overlap is None else values.as_number("min_overlap", min_overlap),
                 None if wait is None else values.as_number("wait", wait),
                 values.as_count(k),
@@ -217,7 +229,7 @@ class Space(Collection):
             VersionInUseError: it is current; or, without ``force``, a rollback would go back to it,
                 or it has checkpoints.
         """
-        self._version_address(name)
+        _version_address(self._address, name)
         with self._database.connection(self._address) as connection:
             connection.execute("SELECT ehub.drop_version(%s, %s, %s)", [self._address, name, force])
         if self._replica is not None:
@@ -356,10 +368,11 @@ class Space(Collection):
             self._replica.refresh()
         return switched
 
-    def _version_address(self, name: object) -> str:
-        text = values.as_name("a version", name)
-        if "@" in text:
-            raise InvalidNameError(f"a version's name has no @: {text!r}")
-        if not text:
-            raise VersionNotFoundError(f"space {self._address!r} has no version ''")
-        return f"{self._address}@{text}"
+
+def _version_address(space: str, name: object) -> str:
+    text = values.as_name("a version", name)
+    if "@" in text:
+        raise InvalidNameError(f"a version's name has no @: {text!r}")
+    if not text:
+        raise VersionNotFoundError(f"space {space!r} has no version ''")
+    return f"{space}@{text}"

@@ -166,9 +166,12 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         )
 $$;
 
--- Rows within limits, as a condition in the text of a statement or policy, as Postgres writes it.
+-- Rows within limits, as a condition in the text of a statement or policy: as Postgres writes it, and
+-- so for those who have standard_conforming_strings on.
 CREATE OR REPLACE FUNCTION ehub.condition(VARIADIC limits jsonb[]) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT string_agg(format('(metadata @> %L::jsonb)', one), ' OR ')
+    SELECT string_agg(
+        format('(metadata @> ''%s''::jsonb)', replace(one::text, '''', '''''')), ' OR '
+    )
     FROM unnest(limits) AS one
 $$;

@@ -5,7 +5,8 @@
 -- is for a person to decide.
 CREATE OR REPLACE FUNCTION ehub.drift()
 RETURNS TABLE (subject text, problem text, remedy text)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on AS $$
 #variable_conflict use_column
 BEGIN
     RETURN QUERY

@@ -305,7 +305,8 @@ $$;
 -- hold it. So what shows nothing to anybody, because whom it was for has no privilege left, is tidied
 -- up only if that can be done at once; ehub.tend tries again.
 CREATE OR REPLACE FUNCTION ehub.apply_policies(version_id bigint) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on AS $$
 DECLARE
     relation regclass := to_regclass('ehub_data.v' || version_id);
     index name := 'v' || version_id || '_metadata_idx';
@@ -384,7 +385,8 @@ END $$;
 -- Let the indexes over limited rows be those that searches need: one for the limits of each role,
 -- where that many rows are within them that comparing all of them would be slow.
 CREATE OR REPLACE FUNCTION ehub.tend_indexes(version_id bigint) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on AS $$
 DECLARE
     whole ehub.index;
     wanted record;

@@ -27,31 +27,31 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     me regrole := ehub.role_of(caller);
-    space_id bigint;
-    version_id bigint;
+    made bigint;
+    first bigint;
 BEGIN
     PERFORM ehub.require_name('a space', $1, 40);
     PERFORM ehub.require_shape($1, $2, $3, $4, $5, $6);
     INSERT INTO ehub.space (name) VALUES ($1) ON CONFLICT (name) DO NOTHING
-    RETURNING id INTO space_id;
+    RETURNING id INTO made;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is a space % already', quote_literal($1) USING ERRCODE = 'EH002';
     END IF;
-    version_id := ehub.add_version(space_id, 'v1', $2, $3, $4, $5, $6, NULL);
-    UPDATE ehub.space SET current_version_id = version_id WHERE id = space_id;
-    PERFORM ehub.show_version($1, version_id);
+    first := ehub.add_version(made, 'v1', $2, $3, $4, $5, $6, NULL);
+    UPDATE ehub.space SET current_version_id = first WHERE id = made;
+    PERFORM ehub.show_version($1, first);
     INSERT INTO ehub.access (space_id, role, privilege, rows, granted_by)
-    SELECT space_id, a.role, a.privilege, a.rows, a.granted_by
+    SELECT made, a.role, a.privilege, a.rows, a.granted_by
     FROM ehub.access AS a WHERE a.space_id IS NULL AND a.privilege <> 'create'
     UNION
-    SELECT space_id, me, 'admin', NULL, me::text WHERE NOT ehub.is_owner(me)
+    SELECT made, me, 'admin', NULL, me::text WHERE NOT ehub.is_owner(me)
     ON CONFLICT DO NOTHING;
-    PERFORM ehub.apply_access(space_id);
+    PERFORM ehub.apply_access(made);
     PERFORM ehub.log_action(
         me, 'create_space', $1, jsonb_build_object('dims', $2, 'metric', $3)
     );
     PERFORM ehub.ring();
-    RETURN version_id;
+    RETURN first;
 END $$;
 
 CREATE OR REPLACE FUNCTION ehub.require_shape(

@@ -493,7 +493,7 @@ def test_every_method_has_a_rule():
         assert public == METHODS[kind.__name__].keys(), kind
     # A version has what a space has, and nothing of its own that asks for rights.
     own = {name for name in vars(ehub.Version) if not name.startswith("_")}
-    assert own == {"current", "name", "rows", "space"}
+    assert own == {"current", "name", "of", "rows", "space"}
 
 
 @pytest.mark.parametrize(
