@@ -33,6 +33,7 @@ bench: setup  ## beside raw hnswlib, and beside pgvector's HNSW with EHUB_TEST_D
 	$(BIN)/python tests/bench/bench.py $(FILE)
 	$(BIN)/python tests/bench/bench_versions.py $(FILE)
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_sql.py $(FILE))
+	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_access.py $(FILE))
 
 soak: setup  ## writers and searchers beside a service that is restarted; EHUB_TEST_DATABASE_URL
 	$(BIN)/python tests/bench/soak.py --minutes $(or $(MINUTES),20)

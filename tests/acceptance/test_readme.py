@@ -19,11 +19,39 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.S | re.M)
 
 
+@pytest.fixture
+def roles(db):
+    """The roles that the examples grant rights to."""
+    names = ("analyst", "tenant_42", "tester")
+    for name in names:
+        db.execute(f"CREATE ROLE {name}")
+    yield
+    for name in names:
+        db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+def test_access(roles, url, db, tmp_path, monkeypatch):
+    monkeypatch.setenv("EHUB_DATABASE_URL", url)
+    monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
+    exec(compile(blocks("python")[2], "README.md", "exec"), {})
+    answers = [db.execute(one).fetchall() for one in blocks("sql")[0].split(";\n") if one.strip()]
+    assert answers[3] == [
+        ("articles", "analyst", "read", None),
+        ("articles", "tenant_42", "write", {"tenant": 42}),
+    ]
+    assert answers[4][-1] == ("articles", "admin", "postgres")
+    assert answers[5][0][1:] == (
+        "grant",
+        {"role": "tenant_42", "privilege": "write", "rows": {"tenant": 42}},
+    )
+    assert answers[7] == []
+
+
 def test_python(url, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EHUB_DATABASE_URL", url)
     monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    first, day = blocks("python")
+    first, day, _access = blocks("python")
     exec(compile(first, "README.md", "exec"), {})
     assert "apple [1. 0. 0.]" in capsys.readouterr().out
     names = {}
@@ -34,7 +62,7 @@ def test_python(url, tmp_path, monkeypatch, capsys):
 
 
 def test_sql(hub, db):
-    (example,) = blocks("sql")
+    _access, example = blocks("sql")
     answers = [
         db.execute(one).fetchall() if one.strip().startswith("SELECT") else db.execute(one)
         for one in example.split(";\n")
@@ -55,7 +83,7 @@ def test_sql(hub, db):
     assert hub.spaces() == []
 
 
-def test_commands(url, tmp_path):
+def test_commands(roles, url, tmp_path):
     words = {"king": 1, "queen": 2, "prince": 3}
     (tmp_path / "glove.6B.100d.txt").write_text(
         "".join(f"{word} {' '.join([str(n), *['1'] * 99])}\n" for word, n in words.items())
