@@ -279,7 +279,8 @@ def status(as_json: Json = False, url: Url = None) -> None:
             recall = f"{row['recall']:.3f} ({recall})"
         table.append(
             [
-                row["space"] if row["current"] else f"{row['space']}@{row['version']}",
+                (row["space"] if row["current"] else f"{row['space']}@{row['version']}")
+                + "".join(f" {json.dumps(limit)}" for limit in row["of_rows"] or ()),
                 f"{row['rows']:,}",
                 str(row["dims"]),
                 row["metric"],
@@ -324,6 +325,10 @@ def serve(
     pages: Annotated[
         str, typer.Option(metavar="ADDRESS|none", help="For /metrics, /health and /ready.")
     ] = f"127.0.0.1:{_PAGES_PORT}",
+    metrics_token: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What holds the bearer token that /metrics asks for."),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="For index files.", show_default=False)
     ] = None,
@@ -337,6 +342,7 @@ def serve(
     tls = None
     if tls_cert is not None:
         tls = tls_context(str(tls_cert), None if tls_key is None else str(tls_key))
+    token = None if metrics_token is None else _read_token(metrics_token)
     door = config.Address.parse(listen, _PORT)
     page = None if pages == "none" else config.Address.parse(pages, _PAGES_PORT)
     _use_huge_pages()
@@ -346,7 +352,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with contextlib.closing(open_database(url, data)) as database:
-        with contextlib.closing(Service(database, door, page, tls, watchdog)) as service:
+        with contextlib.closing(Service(database, door, page, tls, watchdog, token)) as service:
             where = database.target.describe()
             _log.info("listening on %s for %s", service.address, where)
             if not service.installed:
@@ -389,6 +395,16 @@ def install_service(
             [place.host, place.port, sslmode, sslrootcert, direct],
         )
         out.print(f"{database.target.describe()} asks the index service at {place}")
+
+
+def _read_token(file: Path) -> str:
+    try:
+        token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ehub.ConfigurationError(f"the token in {file} cannot be read: {error}") from None
+    if not token:
+        raise ehub.ConfigurationError(f"{file} holds no token")
+    return token
 
 
 def _use_huge_pages() -> None:

@@ -1,11 +1,13 @@
 """What the service counts, for Prometheus; and the page that shows it, and whether it is well.
 
-Whoever reaches the port reads it, so indexes go by their number here: ``ehub.status`` says to those
-who may know which space that is.
+Whoever reaches the port reads it, so indexes go by their number here (``ehub.status`` says to those
+who may know which space that is), and how large they are is for Prometheus alone, where it has been
+given a token.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -96,13 +98,22 @@ class _State(Collector):
 
 
 class Pages:
-    """``/metrics`` for Prometheus; ``/health``: is it alive; ``/ready``: may it be relied on."""
+    """``/metrics`` for Prometheus; ``/health``: is it alive; ``/ready``: may it be relied on.
+
+    With a ``token`` metrics are for those who send it as ``Authorization: Bearer``.
+    """
 
     def __init__(
-        self, address: Address, metrics: Metrics, replica: Replica, ready: Callable[[], bool]
+        self,
+        address: Address,
+        metrics: Metrics,
+        replica: Replica,
+        ready: Callable[[], bool],
+        token: str | None = None,
     ) -> None:
         self._metrics_page = make_wsgi_app(metrics.registry)
         self._replica, self._ready = replica, ready
+        self._expected = None if token is None else f"Bearer {token}"
         try:
             self._server = make_server(
                 address.host, address.port, self._page, _Server, _QuietHandler
@@ -120,6 +131,12 @@ class Pages:
     def _page(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "/")
         if path == "/metrics":
+            given = environ.get("HTTP_AUTHORIZATION", "")
+            if self._expected is not None and not hmac.compare_digest(
+                given.encode(), self._expected.encode()
+            ):
+                start("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
+                return [b"the token is missing or wrong\n"]
             page: Iterable[bytes] = self._metrics_page(environ, start)
             return page
         if path not in ("/", "/health", "/ready"):
@@ -147,15 +164,13 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 def _describe(copy: Copy) -> dict[str, object]:
-    index = copy.index
     description: dict[str, object] = {
         "index": copy.entry.index_id,
         "state": str(copy.state),
-        "rows": len(index or ()),
         "failed": copy.error is not None,
     }
-    if copy.state is not State.READY:
-        description |= {"done": copy.done, "total": copy.total}
+    if copy.state is not State.READY and copy.total:
+        description["done"] = round(copy.done / copy.total, 2)
     return description
 
 

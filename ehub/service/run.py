@@ -38,6 +38,7 @@ class Service:
         tls: with a certificate, for connections that ask for it.
         watchdog: kills this process when it hangs. With it Postgres may wait for answers without a
             deadline of its own, where nothing else lies between the two.
+        token: for whoever may read the metrics, None for everybody who reaches the pages.
 
     Raises:
         ConfigurationError: it cannot listen there.
@@ -51,6 +52,7 @@ class Service:
         pages: Address | None = None,
         tls: ssl.SSLContext | None = None,
         watchdog: Watchdog | None = None,
+        token: str | None = None,
     ) -> None:
         self._database = database
         self._watchdog = watchdog
@@ -65,7 +67,9 @@ class Service:
             self._door = Door(listen, self._verifier, Answers(self._replica, self.metrics), tls)
             stack.callback(self._door.close)
             self._pages = (
-                None if pages is None else Pages(pages, self.metrics, self._replica, self.ready)
+                None
+                if pages is None
+                else Pages(pages, self.metrics, self._replica, self.ready, token)
             )
             if self._pages is not None:
                 stack.callback(self._pages.close)

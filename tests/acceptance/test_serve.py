@@ -53,7 +53,7 @@ def test_it_runs_shows_itself_and_saves(serve, url, tmp_path, data_dir):
     process, pages = serve()
     health = json.loads(page(pages, "/health"))
     assert health["ready"] is True
-    assert [index["rows"] for index in health["indexes"]] == [2]
+    assert [index["state"] for index in health["indexes"]] == ["ready"]
     assert json.loads(page(pages, "/ready")) == health
     metrics = page(pages, "/metrics")
     assert 'ehub_index_rows{index="1"} 2.0' in metrics
@@ -70,6 +70,20 @@ def test_it_runs_shows_itself_and_saves(serve, url, tmp_path, data_dir):
     assert messages[0].startswith("listening on 127.0.0.1:")
     assert "does not know this service" in messages[1]
     assert messages[-1] == "stopping: saving the indexes"
+
+
+def test_metrics_for_who_has_the_token(serve, tmp_path):
+    (tmp_path / "token").write_text("open sesame\n")
+    _process, pages = serve("--metrics-token", str(tmp_path / "token"))
+    assert "rows" not in page(pages, "/health")
+    for header in ({}, {"Authorization": "Bearer guess"}, {"Authorization": "open sesame"}):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(urllib.request.Request(f"{pages}/metrics", headers=header))
+    right = urllib.request.Request(
+        f"{pages}/metrics", headers={"Authorization": "Bearer open sesame"}
+    )
+    with urllib.request.urlopen(right, timeout=5) as answer:
+        assert b"ehub_index_rows" in answer.read()
 
 
 def test_interrupted_by_hand_it_leaves_in_order_too(serve):
@@ -102,6 +116,7 @@ def test_its_end_ends_what_runs_below_it(serve):
         (["--listen", "nowhere:0:0"], "HOST:PORT"),
         (["--listen", "192.0.2.1:6433"], "cannot listen on 192.0.2.1:6433"),
         (["--pages", "x:99999"], "x:99999"),
+        (["--metrics-token", "/nonexistent"], "/nonexistent"),
         (["--log-format", "xml"], "json or text, not 'xml'"),
         (["--tls-cert", "/nowhere.pem"], "/nowhere.pem"),
         (["--database", "mysql://x"], "postgresql://"),

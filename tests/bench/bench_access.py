@@ -122,11 +122,6 @@ def limited(
     within: dict[str, np.ndarray],
     repeats: int,
 ) -> None:
-    db.execute("ALTER TABLE pgvector_own ADD metadata jsonb")
-    db.execute(
-        "UPDATE pgvector_own AS p SET metadata = s.metadata FROM spaces.bench AS s"
-        " WHERE s.key = p.key"
-    )
     db.execute("ALTER TABLE pgvector_own ENABLE ROW LEVEL SECURITY")
     started = time.monotonic()
     for share in SHARES:
@@ -141,7 +136,6 @@ def limited(
         )
         report(f"granting {SHARES[share]:.0%}", f"{time.monotonic() - started:.2f} s")
         started = time.monotonic()
-    db.execute("VACUUM (ANALYZE, FULL) pgvector_own")
     db.execute("ANALYZE ehub_data.v1")
     while db.execute(
         "SELECT count(*) FROM ehub.status WHERE of_rows IS NOT NULL AND index_state = 'ready'"

@@ -175,9 +175,12 @@ def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, rep
 
 
 def build_pgvector(db: psycopg.Connection, dims: int) -> None:
-    db.execute(f"CREATE TABLE pgvector_own (key text PRIMARY KEY, embedding vector({dims}))")
+    db.execute(
+        "CREATE TABLE pgvector_own"
+        f" (key text PRIMARY KEY, embedding vector({dims}), metadata jsonb)"
+    )
     db.execute("ALTER TABLE pgvector_own ALTER embedding SET STORAGE PLAIN")
-    db.execute("INSERT INTO pgvector_own SELECT key, embedding FROM spaces.bench")
+    db.execute("INSERT INTO pgvector_own SELECT key, embedding, metadata FROM spaces.bench")
     db.execute("SET maintenance_work_mem = '1GB'")
     started = time.monotonic()
     db.execute(

@@ -1,6 +1,7 @@
 """pg_dump into another cluster: a whole hub comes out, and indexes notice where they are."""
 
 import subprocess
+import uuid
 
 import numpy as np
 import psycopg
@@ -39,6 +40,11 @@ def test_a_dump_is_a_whole_hub(hub, elsewhere, tmp_path):
     space.checkpoint("full")
     space.delete("k1")
     space.freeze()
+    reader = f"ehub_dump_{uuid.uuid4().hex[:8]}"
+    for where in (hub.conninfo, target):
+        with psycopg.connect(where, autocommit=True) as connection:
+            connection.execute(f"CREATE ROLE {reader}")
+    space.grant(reader, "read", rows={"tenant": 1})
     second = space.create_version("v2", dims=2, metric="cosine")
     second.multiset({"a": [1, 0], "b": [0, 1]})
     space.promote("v2")
@@ -59,6 +65,9 @@ def test_a_dump_is_a_whole_hub(hub, elsewhere, tmp_path):
 
     with ehub.connect(target, data_dir=tmp_path / "data", index="local") as other:
         (found,) = other.spaces()
+        assert [(grant.role, grant.rows) for grant in found.grants()] == [(reader, {"tenant": 1})]
+        assert other.doctor() == []
+        assert [entry.action for entry in found.audit()][-1] == "create_space"
         assert [contents(version) for version in found.versions()] == before
         assert found.current.name == "v2"
         assert found.history()[0].to_version == "v2"

@@ -267,6 +267,25 @@ def test_the_log_is_kept_for_those_who_need_it_and_no_longer(space, db):
     assert db.execute("SELECT count(*) FROM ehub.change").fetchone() == (0,)
 
 
+def test_one_space_at_rest_does_not_hold_the_log_of_another(hub, space, db):
+    busy = hub.create_space("busy", 8)
+    busy._replica.follow("busy")
+    busy.wait_until_indexed(30)
+    busy.multiset({f"b{i}": [i] * 8 for i in range(50)})
+    hub.close()
+    db.execute(
+        "UPDATE ehub.replica AS r SET expires_at = now() - interval '1 s' FROM ehub.index AS i"
+        " JOIN ehub.catalogue AS c ON c.version_id = i.version_id"
+        " WHERE i.id = r.index_id AND c.space = 'busy'"
+    )
+    before = db.execute(
+        "SELECT min(pg_snapshot_xmin(watermark)::text) FROM ehub.replica"
+    ).fetchone()
+    assert before[0] is not None
+    db.execute("SELECT ehub.trim()")
+    assert db.execute("SELECT count(*) FROM ehub.change").fetchone() == (0,)
+
+
 def test_tombstones_lead_to_a_rebuild_while_searches_go_on(space, db):
     for i in range(4):
         db.execute("UPDATE spaces.s SET embedding = embedding + %s::vector", [str([i + 1.0] * 8)])
