@@ -164,7 +164,10 @@ BEGIN
     DELETE FROM ehub.access AS a WHERE NOT EXISTS (SELECT FROM pg_roles AS r WHERE r.oid = a.role);
     PERFORM ehub.apply_usage();
     PERFORM ehub.apply_create();
-    PERFORM ehub.apply_access(s.id) FROM ehub.space AS s;
+    FOR one IN SELECT s.id, s.name FROM ehub.space AS s ORDER BY s.id LOOP
+        PERFORM ehub.lock_space(one.name);
+        PERFORM ehub.apply_access(one.id);
+    END LOOP;
     FOR one IN
         SELECT p.oid::regprocedure AS name FROM pg_proc AS p
         WHERE p.pronamespace IN ('ehub'::regnamespace, 'ehub_data'::regnamespace)

@@ -248,7 +248,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     WHERE s.id = $1 AND a.grantee <> c.relowner
 $$;
 
--- Make the privileges on a space what ehub.access means: those of one role, or of everybody.
+-- Make the privileges on a space what ehub.access means: those of one role, or of everybody. For a
+-- transaction that has locked the space.
 CREATE OR REPLACE FUNCTION ehub.apply_access(space_id bigint, role regrole DEFAULT NULL)
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -299,7 +300,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     WHERE EXISTS (SELECT FROM ehub.policies_of_grants($1) AS l WHERE l.limited)
 $$;
 
--- Make the row policies of a version what its grants mean.
+-- Make the row policies of a version what its grants mean. For a transaction that has locked the
+-- space: what was read of the grants must not change before it is applied.
 --
 -- That needs the table for itself, and a transaction of just the role that is to lose a right may
 -- hold it. So what shows nothing to anybody, because whom it was for has no privilege left, is tidied
@@ -428,12 +430,23 @@ BEGIN
 END $$;
 
 -- Look after all versions, from time to time: rows come and go, and what could not be tidied up may
--- be free by now.
+-- be free by now. Of a space that somebody is managing, another time.
 CREATE OR REPLACE FUNCTION ehub.tend() RETURNS void
-LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    SELECT ehub.tend_indexes(v.id), ehub.apply_policies(v.id) FROM ehub.version AS v
-    WHERE to_regclass('ehub_data.v' || v.id || '_metadata_idx') IS NOT NULL
-$$;
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    version record;
+BEGIN
+    FOR version IN
+        SELECT v.id, v.space_id FROM ehub.version AS v
+        WHERE to_regclass('ehub_data.v' || v.id || '_metadata_idx') IS NOT NULL
+    LOOP
+        PERFORM FROM ehub.space AS s WHERE s.id = version.space_id FOR NO KEY UPDATE SKIP LOCKED;
+        IF FOUND THEN
+            PERFORM ehub.tend_indexes(version.id);
+            PERFORM ehub.apply_policies(version.id);
+        END IF;
+    END LOOP;
+END $$;
 
 -- Who may make spaces: EXECUTE on the function that does.
 CREATE OR REPLACE FUNCTION ehub.create_due() RETURNS TABLE (role oid)
@@ -485,8 +498,7 @@ BEGIN
         EXCEPTION WHEN lock_not_available THEN
             IF clock_timestamp() > deadline THEN
                 RAISE EXCEPTION 'transactions have been using % all the time', relation
-                    USING ERRCODE = 'EH018',
-                    HINT = 'nothing was changed; to revoke all that a role has needs no waiting';
+                    USING ERRCODE = 'EH018', HINT = 'nothing was changed';
             END IF;
             PERFORM pg_sleep(0.05);
         END;

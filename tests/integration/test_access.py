@@ -316,6 +316,10 @@ def test_grants_and_revocations_at_the_same_time(hub, space, role):
     threads = [threading.Thread(target=change, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
+    # As a service does now and then.
+    with psycopg.connect(hub.conninfo, autocommit=True) as owner:
+        while any(thread.is_alive() for thread in threads):
+            owner.execute("SELECT ehub.tend()")
     for thread in threads:
         thread.join()
     assert errors == []
