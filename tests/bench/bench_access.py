@@ -77,10 +77,11 @@ def load(file: Path, url: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.nda
     lines = file.read_text().splitlines()
     dims = len(lines[0].split(" ")) - 1
     random = np.random.default_rng(1)
-    held = set(random.choice(len(lines), HELD_OUT, replace=False).tolist())
+    drawn = random.choice(len(lines), HELD_OUT, replace=False).tolist()
+    held = set(drawn)
     keys = [x.rsplit(" ", dims)[0] for i, x in enumerate(lines) if i not in held]
     rows = np.array([x.rsplit(" ", dims)[1:] for i, x in enumerate(lines) if i not in held], "f4")
-    queries = np.array([lines[i].rsplit(" ", dims)[1:] for i in sorted(held)[:QUERIES]], "f4")
+    queries = np.array([lines[i].rsplit(" ", dims)[1:] for i in drawn[:QUERIES]], "f4")
     within = {name: random.random(len(rows)) < share for name, share in SHARES.items()}
     notes = [{n: True for n, chosen in within.items() if chosen[i]} for i in range(len(rows))]
     with ehub.connect(url, index="none") as hub:
