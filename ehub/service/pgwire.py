@@ -121,7 +121,8 @@ class Door:
         self._tls, self._limit = tls, limit
         self._mutex = threading.Lock()
         self._connections: set[socket.socket] = set()
-        self._strangers: dict[socket.socket, None] = {}
+        # With a second handle on each, which is good for hanging up whatever becomes of the first.
+        self._strangers: dict[socket.socket, socket.socket] = {}
         self._closed = False
         self._path: Path | None = None
         self._listener = self._listen(address)
@@ -195,26 +196,39 @@ class Door:
                 _log.exception("a connection could not be accepted")
                 time.sleep(0.1)
                 continue
-            with self._mutex:
-                if len(self._strangers) >= _STRANGERS:
-                    longest = next(iter(self._strangers))
-                    del self._strangers[longest]
-                    with contextlib.suppress(OSError):
-                        longest.shutdown(socket.SHUT_RDWR)
-                self._connections.add(connection)
-                self._strangers[connection] = None
             try:
+                self._receive(connection)
                 threading.Thread(
                     target=self._serve, args=(connection,), name="ehub-client", daemon=True
                 ).start()
-            except RuntimeError:
-                # No more threads are to be had.
+            except (OSError, RuntimeError):
+                # No more descriptors, no more threads are to be had.
                 self._part_from(connection)
 
+    def _receive(self, connection: socket.socket) -> None:
+        """Count one more stranger, in the place of one who has been it for long."""
+        handle = connection.dup()
+        with self._mutex:
+            if len(self._strangers) >= _STRANGERS:
+                longest = self._strangers.pop(next(iter(self._strangers)))
+                with contextlib.suppress(OSError):
+                    longest.shutdown(socket.SHUT_RDWR)
+                longest.close()
+            self._connections.add(connection)
+            self._strangers[connection] = handle
+
+    def _know(self, connection: socket.socket) -> bool:
+        """Count one stranger less; False if there are too many connections without it."""
+        with self._mutex:
+            handle = self._strangers.pop(connection, None)
+            if handle is not None:
+                handle.close()
+            return len(self._connections) - len(self._strangers) <= self._limit
+
     def _part_from(self, connection: socket.socket) -> None:
+        self._know(connection)
         with self._mutex:
             self._connections.discard(connection)
-            self._strangers.pop(connection, None)
         connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -313,10 +327,7 @@ class Door:
             _log.warning("a wrong secret was refused")
             stream.send(_error("28P01", "wrong secret"))
             raise _Refused
-        with self._mutex:
-            self._strangers.pop(connection, None)
-            full = len(self._connections) - len(self._strangers) > self._limit
-        if full:
+        if not self._know(connection):
             stream.send(_error("53300", f"more than {self._limit} connections"))
             raise _Refused
         stream.send(
