@@ -96,6 +96,7 @@ class Replica:
         self._finished = 0
         # When the database last said which indexes may be kept.
         self._heard = float("-inf")
+        self._begin_anew = False
         # Before anything else where processes do not live long.
         self._trimmed_at = time.monotonic() - _TRIM_SECONDS
         self._thread: threading.Thread | None = None
@@ -224,6 +225,11 @@ class Replica:
         if self._thread is not None:
             self._next_cycle(_PATIENCE_SECONDS)
 
+    def reconnect(self) -> None:
+        """Begin anew with the database, as after a lost connection."""
+        self._begin_anew = True
+        self._listener.interrupt()
+
     def progress(self, address: str) -> Progress | None:
         """Return how far the index of a space or version is, None if it is not followed yet."""
         copy = self._meant.get(address)
@@ -259,6 +265,9 @@ class Replica:
         restless = _RESTLESS_SECONDS[0]
         while not self._shared.stopping:
             try:
+                if self._begin_anew:
+                    self._begin_anew = False
+                    self._disconnect()
                 worker = self._worker or self._connect()
                 found = self._cycle(worker)
                 for copy in list(self._copies.values()):

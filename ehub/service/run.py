@@ -60,6 +60,7 @@ class Service:
         self._mutex = threading.Lock()
         self._stopping = threading.Event()
         self._secret: Verifier | None = None
+        self._was_installed = False
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._replica = Replica(database, f"service at {listen}", self._long_work)
         self.metrics = Metrics(self._replica, lambda: self._door.connections)
@@ -185,6 +186,10 @@ class Service:
             self._secret = None
         elif self._secret is None or not self._secret.is_of(secret):
             self._secret = Verifier(secret)
+            if self._was_installed:
+                # It was removed meanwhile, and with it what the database knew of this service.
+                self._replica.reconnect()
+            self._was_installed = True
 
 
 def tls_context(certificate: str, key: str | None) -> ssl.SSLContext:

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from service.conftest import settled
 from service.test_isolation import grant, role, space  # noqa: F401 - fixtures
@@ -124,7 +125,9 @@ def test_many_sessions_at_once(space, db, url, service, role):  # noqa: F811
 
 def test_a_forged_pulse_is_nobodys(space, db, url, service, role):  # noqa: F811
     """Searches wait for a service that shows that it lives; others may not show it in its place."""
-    _, stranger = role("stranger")
+    name, _ = role("stranger")
+    db.execute(f"ALTER ROLE {name} PASSWORD 'x'")
+    stranger = psycopg.connect(make_conninfo(url, user=name, password="x"), autocommit=True)
     service.close()
     deadline = time.monotonic() + 10
     while db.execute("SELECT ehub.service_missing()").fetchone() == (None,):
@@ -133,4 +136,6 @@ def test_a_forged_pulse_is_nobodys(space, db, url, service, role):  # noqa: F811
     stranger.execute("SET application_name = 'ehub pulse'")
     for _ in range(3):
         stranger.execute("SELECT 1")
+        assert stranger.execute("SHOW application_name").fetchone() == ("ehub pulse",)
         assert db.execute("SELECT ehub.service_missing()").fetchone() != (None,)
+    stranger.close()
