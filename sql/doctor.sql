@@ -24,7 +24,7 @@ BEGIN
     CROSS JOIN LATERAL (
         SELECT * FROM ehub.rights_due(s.id) EXCEPT SELECT * FROM ehub.rights_given(s.id)
     ) AS t
-    JOIN pg_roles AS r ON r.oid = t.role
+    JOIN pg_roles AS r ON r.oid = t.holder
     GROUP BY t.relation, r.rolname;
 
     RETURN QUERY
@@ -38,7 +38,7 @@ BEGIN
     CROSS JOIN LATERAL (
         SELECT * FROM ehub.rights_given(s.id) EXCEPT SELECT * FROM ehub.rights_due(s.id)
     ) AS t
-    LEFT JOIN pg_roles AS r ON r.oid = t.role
+    LEFT JOIN pg_roles AS r ON r.oid = t.holder
     GROUP BY t.relation, r.rolname;
 
     RETURN QUERY

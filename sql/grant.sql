@@ -207,9 +207,10 @@ BEGIN
     END IF;
 END $$;
 
--- The privileges that ehub.access means, on the views and data tables of a space.
-CREATE OR REPLACE FUNCTION ehub.rights_due(space_id bigint)
-RETURNS TABLE (relation oid, role oid, privilege text)
+-- The privileges that ehub.access means, on the views and data tables of a space: of all roles, or of
+-- one.
+CREATE OR REPLACE FUNCTION ehub.rights_due(space_id bigint, role oid DEFAULT NULL)
+RETURNS TABLE (relation oid, holder oid, privilege text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT DISTINCT t.relation, a.role::oid, p.privilege
     FROM ehub.access AS a
@@ -229,12 +230,12 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         ('TRUNCATE', a.privilege = 'admin' AND t.kind = 'space'),
         ('REFERENCES', a.rows IS NULL AND t.kind = 'version')
     ) AS p (privilege, due) ON p.due
-    WHERE s.id = $1 AND t.relation IS NOT NULL
+    WHERE s.id = $1 AND t.relation IS NOT NULL AND a.role::oid = coalesce($2, a.role::oid)
 $$;
 
 -- The privileges that there are, besides the owner's; those of PUBLIC under role 0.
-CREATE OR REPLACE FUNCTION ehub.rights_given(space_id bigint)
-RETURNS TABLE (relation oid, role oid, privilege text)
+CREATE OR REPLACE FUNCTION ehub.rights_given(space_id bigint, role oid DEFAULT NULL)
+RETURNS TABLE (relation oid, holder oid, privilege text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT DISTINCT c.oid, a.grantee, a.privilege_type
     FROM ehub.space AS s
@@ -245,7 +246,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         to_regclass('spaces.' || quote_ident(s.name))
     )
     CROSS JOIN LATERAL aclexplode(c.relacl) AS a
-    WHERE s.id = $1 AND a.grantee <> c.relowner
+    WHERE s.id = $1 AND a.grantee <> c.relowner AND a.grantee = coalesce($2, a.grantee)
 $$;
 
 -- Make the privileges on a space what ehub.access means: those of one role, or of everybody. For a
@@ -258,14 +259,13 @@ DECLARE
     version_id bigint;
 BEGIN
     FOR change IN
-        SELECT coalesce(d.relation, g.relation)::regclass AS relation, d.role IS NOT NULL AS due,
+        SELECT coalesce(d.relation, g.relation)::regclass AS relation, d.holder IS NOT NULL AS due,
             string_agg(coalesce(d.privilege, g.privilege), ', ') AS privileges,
-            CASE WHEN coalesce(d.role, g.role) = 0 THEN 'PUBLIC'
-                ELSE coalesce(d.role, g.role)::regrole::text END AS holder
-        FROM ehub.rights_due($1) AS d
-        FULL JOIN ehub.rights_given($1) AS g USING (relation, role, privilege)
-        WHERE (d.role IS NULL) <> (g.role IS NULL)
-            AND ($2 IS NULL OR coalesce(d.role, g.role) = $2)
+            CASE WHEN coalesce(d.holder, g.holder) = 0 THEN 'PUBLIC'
+                ELSE coalesce(d.holder, g.holder)::regrole::text END AS holder
+        FROM ehub.rights_due($1, $2) AS d
+        FULL JOIN ehub.rights_given($1, $2) AS g USING (relation, holder, privilege)
+        WHERE (d.holder IS NULL) <> (g.holder IS NULL)
         GROUP BY 1, 2, 4
     LOOP
         EXECUTE format(
@@ -275,7 +275,7 @@ BEGIN
     END LOOP;
     FOR version_id IN SELECT v.id FROM ehub.version AS v WHERE v.space_id = $1 LOOP
         PERFORM ehub.apply_policies(version_id);
-        PERFORM ehub.tend_indexes(version_id);
+        PERFORM ehub.tend_indexes(version_id, $2);
     END LOOP;
 END $$;
 
@@ -384,49 +384,61 @@ BEGIN
     END IF;
 END $$;
 
--- Let the indexes over limited rows be those that searches need: one for the limits of each role,
--- where that many rows are within them that comparing all of them would be slow.
-CREATE OR REPLACE FUNCTION ehub.tend_indexes(version_id bigint) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
-SET standard_conforming_strings = on AS $$
+-- Let the indexes over limited rows be those that searches need: one for the limits of each role, or of
+-- the one that is given, where that many rows are within them that comparing all of them would be slow.
+CREATE OR REPLACE FUNCTION ehub.tend_indexes(version_id bigint, role regrole DEFAULT NULL)
+RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    whole ehub.index;
-    wanted record;
-    enough boolean;
+    limits jsonb[];
+    present ehub.index;
 BEGIN
-    SELECT i.* INTO whole FROM ehub.index AS i WHERE i.version_id = $1 AND i.rows IS NULL;
-    FOR wanted IN
-        SELECT DISTINCT coalesce(l.limits, i.rows) AS rows, l.limits IS NOT NULL AS due,
-            i.id AS present
-        FROM (
-            SELECT DISTINCT ehub.limits_of(a.role, $1) AS limits
-            FROM ehub.access AS a JOIN pg_roles AS r ON r.oid = a.role
-            JOIN ehub.version AS v ON v.space_id = a.space_id
-            WHERE v.id = $1 AND coalesce(a.version_id, v.id) = v.id AND a.rows IS NOT NULL
-                AND NOT ehub.sees_all_rows(a.role, $1)
-        ) AS l
-        FULL JOIN (
-            SELECT * FROM ehub.index AS i WHERE i.version_id = $1 AND i.rows IS NOT NULL
-        ) AS i ON i.rows = l.limits
-        -- No more limits than an entry of the index on their table can hold.
-        WHERE coalesce(l.limits, i.rows) IS NOT NULL
-            AND coalesce(octet_length(l.limits::text) < 2000, true)
+    FOR limits IN
+        SELECT DISTINCT ehub.limits_of(a.role, $1)
+        FROM ehub.access AS a
+        JOIN pg_roles AS r ON r.oid = a.role
+        JOIN ehub.version AS v ON v.space_id = a.space_id
+        WHERE v.id = $1 AND coalesce(a.version_id, v.id) = v.id AND a.rows IS NOT NULL
+            AND a.role = coalesce($2, a.role) AND NOT ehub.sees_all_rows(a.role, $1)
     LOOP
-        enough := false;
-        IF wanted.due THEN
-            EXECUTE format(
-                'SELECT count(*) > $1 FROM (SELECT FROM ehub_data.%I WHERE %s LIMIT $1 + 1) AS found',
-                'v' || version_id, ehub.condition(VARIADIC wanted.rows)
-            ) INTO enough USING CASE WHEN wanted.present IS NULL THEN 2000 ELSE 1000 END;
-        END IF;
-        IF enough AND wanted.present IS NULL THEN
+        -- No more limits than an entry of the index on their table can hold.
+        CONTINUE WHEN limits IS NULL OR octet_length(limits::text) > 2000 OR EXISTS (
+            SELECT FROM ehub.index AS i WHERE i.version_id = $1 AND i.rows = limits
+        );
+        IF ehub.are_many($1, limits, 2000) THEN
             INSERT INTO ehub.index (version_id, m, ef_construction, target_recall, rows)
-            VALUES ($1, whole.m, whole.ef_construction, whole.target_recall, wanted.rows)
+            SELECT i.version_id, i.m, i.ef_construction, i.target_recall, limits
+            FROM ehub.index AS i WHERE i.version_id = $1 AND i.rows IS NULL
             ON CONFLICT DO NOTHING;
-        ELSIF NOT enough THEN
-            DELETE FROM ehub.index AS i WHERE i.id = wanted.present;
         END IF;
     END LOOP;
+    FOR present IN SELECT * FROM ehub.index AS i WHERE i.version_id = $1 AND i.rows IS NOT NULL LOOP
+        IF NOT EXISTS (
+            SELECT FROM ehub.access AS a
+            JOIN pg_roles AS r ON r.oid = a.role
+            JOIN ehub.version AS v ON v.space_id = a.space_id
+            WHERE v.id = $1 AND coalesce(a.version_id, v.id) = v.id AND a.rows = present.rows[1]
+                AND NOT ehub.sees_all_rows(a.role, $1)
+                AND ehub.limits_of(a.role, $1) = present.rows
+        ) OR NOT ehub.are_many($1, present.rows, 1000) THEN
+            DELETE FROM ehub.index AS i WHERE i.id = present.id;
+        END IF;
+    END LOOP;
+END $$;
+
+-- Whether more than so many rows of a version are within limits.
+CREATE OR REPLACE FUNCTION ehub.are_many(version_id bigint, limits jsonb[], number int)
+RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on AS $$
+DECLARE
+    many boolean;
+BEGIN
+    EXECUTE format(
+        'SELECT count(*) > $1 FROM (SELECT FROM ehub_data.%I WHERE %s LIMIT $1 + 1) AS found',
+        'v' || version_id, ehub.condition(VARIADIC limits)
+    ) INTO many USING number;
+    RETURN many;
 END $$;
 
 -- Look after all versions, from time to time: rows come and go, and what could not be tidied up may

@@ -93,11 +93,11 @@ BEGIN
     END IF;
     INSERT INTO ehub.setting VALUES ('grants_recorded', '');
     INSERT INTO ehub.access (space_id, role, privilege, granted_by)
-    SELECT s.id, g.role, CASE WHEN bool_or(g.privilege = 'INSERT') THEN 'write' ELSE 'read' END,
+    SELECT s.id, g.holder, CASE WHEN bool_or(g.privilege = 'INSERT') THEN 'write' ELSE 'read' END,
         current_user
     FROM ehub.space AS s CROSS JOIN LATERAL ehub.rights_given(s.id) AS g
-    WHERE g.role <> 0 AND g.relation = to_regclass('ehub_data.v' || s.current_version_id)
-    GROUP BY s.id, g.role HAVING bool_or(g.privilege = 'SELECT')
+    WHERE g.holder <> 0 AND g.relation = to_regclass('ehub_data.v' || s.current_version_id)
+    GROUP BY s.id, g.holder HAVING bool_or(g.privilege = 'SELECT')
     ON CONFLICT DO NOTHING;
     FOR one IN SELECT s.id FROM ehub.space AS s LOOP
         PERFORM ehub.apply_access(one);

@@ -397,11 +397,6 @@ class Replica:
 
     def _update_copies(self, worker: Connection) -> None:
         entries = read_catalogue(worker, None if self._everything else self._wanted)
-        kept = {entry.index_id for entry in entries}
-        for index_id in self._copies.keys() - kept:
-            gone = self._copies.pop(index_id)
-            gone.drop(delete=True)
-            self._gone.append(gone)
         meant = {}
         for entry in entries:
             copy = self._copies.get(entry.index_id)
@@ -417,7 +412,12 @@ class Replica:
             meant[entry.address] = copy
             if entry.current:
                 meant[entry.space] = copy
+        # From here on nobody is answered from what is to go.
         self._meant = meant
+        for index_id in self._copies.keys() - {entry.index_id for entry in entries}:
+            gone = self._copies.pop(index_id)
+            gone.drop(delete=True)
+            self._gone.append(gone)
 
     def _trim(self, worker: Connection) -> None:
         if time.monotonic() - self._trimmed_at > _TRIM_SECONDS:

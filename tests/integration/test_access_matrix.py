@@ -163,7 +163,14 @@ FUNCTIONS = {
 } | dict.fromkeys(
     (
         *("add_default", "add_version", "apply_access", "apply_create", "apply_policies"),
-        *("apply_usage", "carry_policies", "create_checks", "create_data_table", "create_due"),
+        *(
+            "apply_usage",
+            "are_many",
+            "carry_policies",
+            "create_checks",
+            "create_data_table",
+            "create_due",
+        ),
         *("create_given", "create_images", "create_log_triggers", "drop_checks", "in_turns"),
         *("index_of", "is_owner", "is_warm", "keep_images", "last_promotion", "limits_of"),
         *("lock_space", "log_action", "log_change", "manages", "may_touch", "owner"),
