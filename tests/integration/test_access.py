@@ -251,6 +251,31 @@ def test_no_transaction_of_a_role_keeps_its_own_right(space, role):
     assert len(tenants.get_space("s")) == 100
 
 
+def test_what_is_tidied_up_later(hub, space, role, db):
+    """And not while somebody manages the space, who may be about to limit somebody."""
+    tenant, tenants = role()
+    space.grant(tenant, "read", rows={"tenant": 1})
+
+    def left():
+        return db.execute(
+            "SELECT relrowsecurity, (SELECT count(*) FROM pg_policy) FROM pg_class"
+            " WHERE oid = 'ehub_data.v1'::regclass"
+        ).fetchone()
+
+    with psycopg.connect(tenants.conninfo) as connection:
+        connection.execute("SELECT count(*) FROM spaces.s")
+        space.revoke(tenant)
+        db.execute("SELECT ehub.tend()")
+        assert left() == (True, 1)
+    with psycopg.connect(hub.conninfo) as admin:
+        admin.execute("SELECT FROM ehub.space FOR NO KEY UPDATE")
+        db.execute("SELECT ehub.tend()")
+        assert left() == (True, 1)
+    db.execute("SELECT ehub.tend()")
+    assert left() == (False, 0)
+    assert hub.doctor() == []
+
+
 def test_a_readers_own_index(space, role, db):
     """It follows as the owner's does, and is dropped when the right goes."""
     reader, readers = role("local")
