@@ -46,7 +46,7 @@ def revoke(
     address: Address,
     role: _Role,
     privilege: Annotated[
-        str | None, typer.Argument(metavar="[PRIVILEGE]", show_default=False, help="All without.")
+        str | None, typer.Argument(metavar="PRIVILEGE", show_default=False, help="All without.")
     ] = None,
     rows: _Rows = None,
     url: Url = None,
@@ -98,7 +98,7 @@ def grant_default(
 @app.command()
 def grants(
     space: Annotated[
-        str | None, typer.Argument(metavar="[SPACE]", show_default=False, help="All without.")
+        str | None, typer.Argument(metavar="SPACE", show_default=False, help="All without.")
     ] = None,
     as_json: Json = False,
     url: Url = None,
@@ -177,7 +177,7 @@ def whoami(as_json: Json = False, url: Url = None) -> None:
 @app.command()
 def audit(
     space: Annotated[
-        str | None, typer.Argument(metavar="[SPACE]", show_default=False, help="All without.")
+        str | None, typer.Argument(metavar="SPACE", show_default=False, help="All without.")
     ] = None,
     limit: Annotated[int, typer.Option(help="So many of the last entries.")] = 100,
     as_json: Json = False,
