@@ -71,11 +71,11 @@ def test_a_day_of_an_administrator(hub, space, role, db):
     # An admin of one space is nobody in another.
     with pytest.raises(ehub.SpaceNotFoundError):
         builders.get_space("s")
-    assert [(g.space, g.role, g.privilege, g.rows) for g in mine.grants()] == [
-        ("mine", analyst, "read", None),
-        ("mine", builder, "admin", None),
-        ("mine", tenant, "write", {"tenant": 7}),
-    ] or len(mine.grants()) == 3
+    assert {(g.space, g.role, g.privilege, str(g.rows)) for g in mine.grants()} == {
+        ("mine", analyst, "read", "None"),
+        ("mine", builder, "admin", "None"),
+        ("mine", tenant, "write", "{'tenant': 7}"),
+    }
     assert [(r.space, r.privilege, r.rows, r.through) for r in tenants.whoami()] == [
         ("mine", "write", {"tenant": 7}, tenant)
     ]
@@ -287,7 +287,6 @@ def test_a_readers_own_index(space, role, db):
     space.set("new", [9, 9, 9, 9])
     found = theirs.nearest_neighbors(1, vector=[9, 9, 9, 9], consistency="strong")
     assert found[0].key == "new"
-    readers._replica.close  # noqa: B018 - there is one
     folder = next(readers._database.target.data_dir.glob("indexes/*/*"))
     assert folder.is_dir()
     space.revoke(reader)

@@ -121,7 +121,6 @@ def test_shadows_in_the_search_path(low, db, space):
     db.execute("SELECT ehub.restore('s', 'one')")
     db.execute("SELECT * FROM ehub.nearest('s', '[1,0]', 50)")
     db.execute("SELECT ehub.tend(), ehub.trim()")
-    assert space._database is not None
     assert db.execute("SELECT * FROM public.took").fetchall() == []
 
 

@@ -51,11 +51,9 @@ def test_strangers_take_no_places(space, db, service, role):  # noqa: F811
 
 
 def test_guesses_are_refused_and_cost_nothing(space, db, service):  # noqa: F811
-    refused = 0
     for password in ("", "guess", "x" * 60_000, "postgres", "\\x00"):
         with pytest.raises(psycopg.OperationalError):
             psycopg.connect(PLACE.format(service.address.port), password=password)
-        refused += 1
     # A secret that was stolen is worth nothing once there is another.
     (stolen,) = db.execute("SELECT ehub.service_secret()").fetchone()
     db.execute("SELECT ehub.uninstall_service()")
@@ -89,9 +87,9 @@ def test_queries_without_measure(space, db, service, role):  # noqa: F811
     grant(db, "ehub_reader")
     with pytest.raises(psycopg.DatabaseError, match="16000 dimensions"):
         nearest(reader, "[" + "1," * 25_000_000 + "1]", 1, "secret")
-    with pytest.raises(psycopg.DatabaseError, match="8 dims is needed|8 dims"):
+    with pytest.raises(psycopg.DatabaseError, match="8 dims is needed"):
         nearest(reader, "[" + "1," * 15_999 + "1]", 1, "secret")
-    # A batch of 600,000 queries goes in parts.
+    # A batch of 250,000 queries goes in parts.
     reader.execute("SET ehub.mode = 'index'")
     found = reader.execute(
         "SELECT count(*), max(q), min(q) FROM ehub.nearest_many('secret',"
