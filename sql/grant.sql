@@ -39,12 +39,10 @@ BEGIN
         RAISE NOTICE 'role % sees all rows of space % by another grant', $2, target.space;
     END IF;
     PERFORM ehub.apply_access(owner, holder);
-    PERFORM ehub.log_action(
-        ehub.role_of(caller), 'grant', target.space,
-        jsonb_build_object('role', $2, 'privilege', $3, 'rows', $5, 'version',
-            CASE WHEN of_version IS NOT NULL THEN target.version END)
-    );
-    PERFORM ehub.ring();
+    PERFORM ehub.end_of_grant(caller, 'grant', target.space, jsonb_build_object(
+        'role', $2, 'privilege', $3, 'rows', $5,
+        'version', (SELECT v.name FROM ehub.version AS v WHERE v.id = of_version)
+    ));
 END $$;
 
 -- Take a role's rights on a space away: all of them, or those that are named. For its admins. Takes
@@ -79,13 +77,19 @@ BEGIN
             USING ERRCODE = 'EH019', HINT = 'SELECT * FROM ehub.grants lists them';
     END IF;
     PERFORM ehub.apply_access(owner, holder);
-    PERFORM ehub.log_action(
-        ehub.role_of(caller), 'revoke', target.space,
-        jsonb_build_object('role', $2, 'privilege', $3, 'rows', $5, 'version',
-            CASE WHEN of_version IS NOT NULL THEN target.version END)
-    );
-    PERFORM ehub.ring();
+    PERFORM ehub.end_of_grant(caller, 'revoke', target.space, jsonb_build_object(
+        'role', $2, 'privilege', $3, 'rows', $5,
+        'version', (SELECT v.name FROM ehub.version AS v WHERE v.id = of_version)
+    ));
 END $$;
+
+-- Write a change of grants down, and have replicas look at once what they may still keep.
+CREATE OR REPLACE FUNCTION ehub.end_of_grant(
+    caller ehub.caller, action text, space text, detail jsonb
+) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ehub.log_action(ehub.role_of(caller), action, space, detail), ehub.ring()
+$$;
 
 -- Let a role make spaces; it manages those that it makes. For the owner of schema ehub.
 CREATE OR REPLACE FUNCTION ehub.grant_create(

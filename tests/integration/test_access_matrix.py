@@ -171,7 +171,14 @@ FUNCTIONS = {
             "create_data_table",
             "create_due",
         ),
-        *("create_given", "create_images", "create_log_triggers", "drop_checks", "in_turns"),
+        *(
+            "create_given",
+            "create_images",
+            "create_log_triggers",
+            "drop_checks",
+            "end_of_grant",
+            "in_turns",
+        ),
         *("index_of", "is_owner", "is_warm", "keep_images", "last_promotion", "limits_of"),
         *("lock_space", "log_action", "log_change", "manages", "may_touch", "owner"),
         *(
