@@ -42,6 +42,12 @@ BEGIN
     RETURN role::oid;
 END $$;
 
+-- Whom a privilege or policy is for, by the oid that Postgres keeps of it, as statements name it.
+CREATE OR REPLACE FUNCTION ehub.holder(role oid) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN role = 0 THEN 'PUBLIC' ELSE role::regrole::text END
+$$;
+
 -- The role that owns schema ehub, and with it all data tables.
 CREATE OR REPLACE FUNCTION ehub.owner() RETURNS regrole
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$

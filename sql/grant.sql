@@ -265,8 +265,7 @@ BEGIN
     FOR change IN
         SELECT coalesce(d.relation, g.relation)::regclass AS relation, d.holder IS NOT NULL AS due,
             string_agg(coalesce(d.privilege, g.privilege), ', ') AS privileges,
-            CASE WHEN coalesce(d.holder, g.holder) = 0 THEN 'PUBLIC'
-                ELSE coalesce(d.holder, g.holder)::regrole::text END AS holder
+            ehub.holder(coalesce(d.holder, g.holder)) AS holder
         FROM ehub.rights_due($1, $2) AS d
         FULL JOIN ehub.rights_given($1, $2) AS g USING (relation, holder, privilege)
         WHERE (d.holder IS NULL) <> (g.holder IS NULL)
@@ -485,8 +484,7 @@ DECLARE
 BEGIN
     FOR change IN
         SELECT d.role IS NOT NULL AS due,
-            CASE WHEN coalesce(d.role, g.role) = 0 THEN 'PUBLIC'
-                ELSE coalesce(d.role, g.role)::regrole::text END AS holder
+            ehub.holder(coalesce(d.role, g.role)) AS holder
         FROM ehub.create_due() AS d FULL JOIN ehub.create_given() AS g USING (role)
         WHERE (d.role IS NULL) <> (g.role IS NULL)
     LOOP

@@ -45,8 +45,7 @@ DECLARE
     one record;
 BEGIN
     FOR one IN
-        SELECT n.nspname, CASE WHEN a.grantee = 0 THEN 'PUBLIC'
-            ELSE a.grantee::regrole::text END AS role
+        SELECT n.nspname, ehub.holder(a.grantee) AS role
         FROM pg_namespace AS n, aclexplode(n.nspacl) AS a
         WHERE n.nspname IN ('ehub', 'ehub_data', 'spaces') AND a.grantee <> n.nspowner
             AND a.privilege_type = 'CREATE'
@@ -55,8 +54,7 @@ BEGIN
     END LOOP;
     GRANT USAGE ON SCHEMA ehub, ehub_data, spaces TO PUBLIC;
     FOR one IN
-        SELECT c.relname, CASE WHEN a.grantee = 0 THEN 'PUBLIC'
-            ELSE a.grantee::regrole::text END AS role
+        SELECT c.relname, ehub.holder(a.grantee) AS role
         FROM pg_class AS c, aclexplode(c.relacl) AS a
         WHERE c.relnamespace = 'ehub'::regnamespace AND a.grantee <> c.relowner
         GROUP BY 1, 2

@@ -72,12 +72,7 @@ BEGIN
         SELECT p.polname, p.polpermissive, p.polcmd,
             pg_get_expr(p.polqual, p.polrelid) AS shown,
             pg_get_expr(p.polwithcheck, p.polrelid) AS checked,
-            (
-                SELECT string_agg(
-                    CASE WHEN role = 0 THEN 'PUBLIC' ELSE role::regrole::text END, ', '
-                )
-                FROM unnest(p.polroles) AS role
-            ) AS roles
+            (SELECT string_agg(ehub.holder(role), ', ') FROM unnest(p.polroles) AS role) AS roles
         FROM pg_policy AS p
         WHERE p.polrelid = source AND p.polname !~ '^ehub_[0-9]+$'
             AND NOT EXISTS (

@@ -177,6 +177,7 @@ FUNCTIONS = {
             "create_log_triggers",
             "drop_checks",
             "end_of_grant",
+            "holder",
             "in_turns",
         ),
         *("index_of", "is_owner", "is_warm", "keep_images", "last_promotion", "limits_of"),
