@@ -28,7 +28,7 @@ from ehub.types import Matrix
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
 """The Alembic revision that this release works with."""
 
 # Raised by the functions in sql/, which describe the value themselves.
@@ -53,6 +53,12 @@ _OWN_ERRORS: dict[str, type[errors.EhubError]] = {
     "EH018": errors.WaitTimeoutError,
     "EH019": errors.GrantNotFoundError,
     "EH020": errors.RoleNotFoundError,
+    "EH021": errors.InvalidFilterError,
+    "EH022": errors.IndexNotFoundError,
+    "EH023": errors.IndexExistsError,
+    "EH024": errors.PartitionNotFoundError,
+    "EH025": errors.ReadOnlyError,
+    "EH026": errors.SpaceInUseError,
 }
 
 

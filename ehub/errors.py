@@ -11,14 +11,18 @@
     │   ├── CheckpointNotFoundError
     │   ├── RoleNotFoundError
     │   ├── GrantNotFoundError               nothing to revoke
+    │   ├── IndexNotFoundError               a sub-index
+    │   ├── PartitionNotFoundError           a value that no row has in the partition field
     │   └── KeyNotFoundError
     ├── ExistsError (ValueError)
     │   ├── SpaceExistsError
     │   ├── VersionExistsError
+    │   ├── IndexExistsError                 a sub-index
     │   └── CheckpointExistsError
-    ├── ReadOnlyError (PermissionError)      a write to a checkpoint or to a snapshot
+    ├── ReadOnlyError (PermissionError)      a write to a checkpoint, a snapshot or an average
     │   └── FrozenError                      a write to a version that was frozen
     ├── VersionInUseError                    a version that cannot be dropped yet
+    ├── SpaceInUseError                      a space that averages still follow
     ├── OverlapError                         a promotion that would change too many answers
     ├── ConflictError                        rows that somebody else has changed meanwhile
     ├── InvalidValueError (ValueError)
@@ -26,6 +30,7 @@
     │   ├── InvalidKeyError
     │   ├── InvalidVectorError               wrong dims, NaN, infinity, zero under cosine
     │   ├── InvalidMetadataError
+    │   ├── InvalidFilterError               a filter that cannot be understood
     │   └── InvalidFileError                 a file of embeddings or a snapshot that cannot be read
     ├── IndexFileError                       an index file that is damaged or foreign
     ├── IndexUnavailableError                the index cannot answer, and going exact was forbidden
@@ -83,6 +88,14 @@ class GrantNotFoundError(NotFoundError):
     """The role has no such grant: there is nothing to revoke."""
 
 
+class IndexNotFoundError(NotFoundError):
+    """The version has no sub-index of that name."""
+
+
+class PartitionNotFoundError(NotFoundError):
+    """No row has that value in the partition field."""
+
+
 class KeyNotFoundError(NotFoundError):
     """No embedding under that key."""
 
@@ -99,12 +112,19 @@ class VersionExistsError(ExistsError):
     """The space has a version of that name already."""
 
 
+class IndexExistsError(ExistsError):
+    """The version has a sub-index of that name already."""
+
+
 class CheckpointExistsError(ExistsError):
     """The version has a checkpoint of that name already."""
 
 
 class ReadOnlyError(EhubError, PermissionError):
-    """A write to what cannot be written: a checkpoint, or a snapshot that is not a fork."""
+    """A write to what cannot be written.
+
+    A checkpoint, a snapshot that is not a fork, or a space of averages, which follow their source.
+    """
 
 
 class FrozenError(ReadOnlyError):
@@ -113,6 +133,10 @@ class FrozenError(ReadOnlyError):
 
 class VersionInUseError(EhubError):
     """A version that is current or still needed, and so cannot be dropped; the message says why."""
+
+
+class SpaceInUseError(EhubError):
+    """A space that averages follow, and so cannot be deleted; the message names them."""
 
 
 class OverlapError(EhubError):
@@ -149,6 +173,10 @@ class InvalidVectorError(InvalidValueError):
 
 class InvalidMetadataError(InvalidValueError):
     """Metadata that is not a JSON object."""
+
+
+class InvalidFilterError(InvalidValueError):
+    """A filter that cannot be understood; the message names the field or operator."""
 
 
 class InvalidFileError(InvalidValueError):

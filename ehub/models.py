@@ -117,6 +117,8 @@ class Version(Base):
     created_at: Mapped[datetime.datetime] = mapped_column(server_default=func.now())
     frozen_at: Mapped[datetime.datetime | None]
     warm: Mapped[bool] = mapped_column(server_default=true())
+    # The field of metadata by whose values searches are kept apart; null where there are no partitions.
+    partition_by: Mapped[str | None]
     # Below this transaction the change log of this version is gone.
     trimmed_below: Mapped[int] = mapped_column(Xid8, server_default=text("0"))
 
@@ -161,15 +163,16 @@ class Checkpoint(Base):
 
 
 class SearchIndex(Base):
-    """What an HNSW graph over a version is to be like; its copies are replicas.
+    """What an HNSW index of a version is to be like; its copies are replicas.
 
-    Over all of its rows, or where ``rows`` is not null over those whose metadata contains one of
-    these objects.
+    Over all of its rows; or, with a ``name``, over those that match ``filter``; or, where ``rows``
+    is not null, over those whose metadata contains one of these objects.
     """
 
     __tablename__ = "index"
     __table_args__ = (
-        UniqueConstraint("version_id", "rows", postgresql_nulls_not_distinct=True),
+        UniqueConstraint("version_id", "name", "rows", postgresql_nulls_not_distinct=True),
+        CheckConstraint("(name IS NULL) = (filter IS NULL)", "filter"),
         CheckConstraint("m BETWEEN 2 AND 128", "m"),
         CheckConstraint("ef_construction BETWEEN 4 AND 4096", "ef_construction"),
         CheckConstraint("target_recall BETWEEN 0.5 AND 0.999", "target_recall"),
@@ -181,6 +184,8 @@ class SearchIndex(Base):
     ef_construction: Mapped[int] = mapped_column(Integer)
     target_recall: Mapped[float]
     rows: Mapped[list[dict[str, Any]] | None] = mapped_column(ARRAY(JSONB))
+    name: Mapped[str | None]
+    filter: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
 
     version: Mapped[Version] = relationship(back_populates="indexes", viewonly=True)
 
@@ -237,6 +242,23 @@ class Access(Base):
     rows: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     granted_by: Mapped[str]
     granted_at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class Average(Base):
+    """A space whose rows are the averages of another one's, by the values of a field of metadata.
+
+    Each version of the source has its like there, under the same name. ``weight`` is the field of
+    the weights, null where all rows weigh the same.
+    """
+
+    __tablename__ = "average"
+
+    space_id: Mapped[int] = mapped_column(
+        ForeignKey(Space.id, ondelete="CASCADE"), primary_key=True
+    )
+    source_id: Mapped[int] = mapped_column(ForeignKey(Space.id))
+    by: Mapped[str]
+    weight: Mapped[str | None]
 
 
 class Audit(Base):

@@ -147,7 +147,7 @@ DECLARE
     limits jsonb[];
 BEGIN
     IF ehub.sees_all_rows(role, version_id) THEN
-        RETURN (SELECT i.id FROM ehub.index AS i WHERE i.version_id = $2 AND i.rows IS NULL);
+        RETURN (SELECT i.id FROM ehub.index AS i WHERE i.version_id = $2 AND i.rows IS NULL AND i.name IS NULL);
     ELSIF NOT coalesce(
         has_table_privilege(role, to_regclass('ehub_data.v' || version_id), 'SELECT'), false
     ) OR current_setting('transaction_isolation') <> 'read committed' THEN

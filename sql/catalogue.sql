@@ -15,10 +15,11 @@ SELECT
     i.target_recall,
     v.id = s.current_version_id AS current,
     v.frozen_at IS NOT NULL AS frozen,
-    v.warm
+    v.warm,
+    v.partition_by
 FROM ehub.space AS s
 JOIN ehub.version AS v ON v.space_id = s.id
-JOIN ehub.index AS i ON i.version_id = v.id AND i.rows IS NULL
+JOIN ehub.index AS i ON i.version_id = v.id AND i.rows IS NULL AND i.name IS NULL
 WHERE has_table_privilege(
     to_regclass('ehub_data.v' || v.id), 'SELECT, INSERT, UPDATE, DELETE'
 );
@@ -82,12 +83,3 @@ CREATE OR REPLACE FUNCTION ehub.address(target ehub.catalogue) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT target.space || '@' || target.version
 $$;
-
--- The indexes that a replica may keep for this role: those whose rows it may know all of. Those over
--- limited rows are for the index service.
-CREATE OR REPLACE VIEW ehub.indexes WITH (security_barrier) AS
-SELECT
-    c.space, c.version, c.version_id, c.dims, c.metric, i.id AS index_id, i.m, i.ef_construction,
-    i.target_recall, c.current, c.warm, i.rows
-FROM ehub.catalogue AS c JOIN ehub.index AS i ON i.version_id = c.version_id
-WHERE ehub.sees_all(c.version_id);

@@ -411,7 +411,8 @@ BEGIN
         IF ehub.are_many($1, limits, 2000) THEN
             INSERT INTO ehub.index (version_id, m, ef_construction, target_recall, rows)
             SELECT i.version_id, i.m, i.ef_construction, i.target_recall, limits
-            FROM ehub.index AS i WHERE i.version_id = $1 AND i.rows IS NULL
+            FROM ehub.index AS i
+            WHERE i.version_id = $1 AND i.rows IS NULL AND i.name IS NULL
             ON CONFLICT DO NOTHING;
         END IF;
     END LOOP;

@@ -22,7 +22,7 @@ BEGIN
     PERFORM ehub.acknowledge(
         $1, i.id, $4, $3, nonce, $5, interval '1 hour', 'snapshot'
     )
-    FROM ehub.index AS i WHERE i.version_id = $2 AND i.rows IS NULL;
+    FROM ehub.index AS i WHERE i.version_id = $2 AND i.rows IS NULL AND i.name IS NULL;
     RETURN nonce;
 END $$;
 

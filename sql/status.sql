@@ -49,11 +49,12 @@ SELECT
     coalesce('exact: ' || ehub.service_missing(), 'by the index service') AS in_sql,
     coalesce(i.id, c.index_id) AS index_id,
     c.current,
-    i.rows AS of_rows
+    i.rows AS of_rows,
+    i.name AS index
 FROM ehub.catalogue AS c
 LEFT JOIN (
     ehub.index AS i
     LEFT JOIN ehub.replica AS r ON r.index_id = i.id AND r.expires_at > clock_timestamp()
 ) ON i.version_id = c.version_id AND ehub.sees_all(c.version_id)
 WHERE c.current OR c.warm OR r.index_id IS NOT NULL
-ORDER BY c.space, c.version_id, i.rows NULLS FIRST, r.reported_at DESC;
+ORDER BY c.space, c.version_id, i.rows NULLS FIRST, i.name NULLS FIRST, r.reported_at DESC;

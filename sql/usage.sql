@@ -7,11 +7,12 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT ARRAY[
         -- Rows, under the caller's own rights.
         'address', 'choice', 'condition', 'count_rows', 'delete', 'diff', 'diff_keys',
-        'distance_operator', 'get', 'index_missing', 'merge_staged', 'nearest', 'nearest_at',
+        'distance_operator', 'field_path', 'filter_condition', 'filter_of_field', 'filter_path',
+        'filter_text', 'get', 'index_missing', 'merge_staged', 'nearest', 'nearest_at',
         'nearest_exact', 'nearest_exact_to', 'nearest_many', 'nearest_of_batch', 'nearest_to',
-        'overlap', 'overlap_of_queries', 'refuse_key', 'refuse_row', 'refuse_space', 'relation_at',
+        'overlap', 'overlap_of_queries', 'refuse_filter', 'refuse_key', 'refuse_row', 'refuse_space', 'relation_at',
         'relation_of_diff', 'require_checkpoint', 'require_exact_is_allowed', 'require_query',
-        'require_read_committed', 'require_space', 'require_usable', 'rows_at', 'set', 'shared',
+        'require_read_committed', 'require_scalar', 'require_space', 'require_usable', 'rows_at', 'set', 'shared',
         'stage', 'stop_writers', 'whole_setting', 'write_staged',
         -- With the owner's rights, for callers who see all rows of a version; of who calls.
         'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_log', 'images', 'lag',

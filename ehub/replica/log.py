@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
@@ -21,7 +20,9 @@ _READ_KEYS = 1000
 class Entry(NamedTuple):
     """A row of ``ehub.indexes``: a version of a space, and an index of it.
 
-    It is over all rows, or over those whose metadata contains one of the objects in ``rows``.
+    It is over all rows, or over those for which ``condition`` holds: those that limited roles see,
+    or with a ``name`` those that match a filter. Over all rows of a version with partitions it is
+    kept by the values of ``partition_by``, a field of metadata.
     """
 
     space: str
@@ -34,15 +35,20 @@ class Entry(NamedTuple):
     ef_construction: int
     target_recall: float
     current: bool
-    rows: list[dict[str, Any]] | None
+    name: str | None
+    partition_by: str | None
+    condition: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is over all rows."""
+        return self.condition == "true"
 
     @property
     def limits(self) -> sql.Composable:
         """The condition for a row to be in the index."""
-        if self.rows is None:
-            return sql.SQL("true")
-        objects = [json.dumps(one, ensure_ascii=False) for one in self.rows]
-        return sql.SQL("metadata @> ANY ({}::jsonb[])").format(sql.Literal(objects))
+        # As the database itself has written it.
+        return sql.SQL(self.condition)  # type: ignore[arg-type]
 
     @property
     def address(self) -> str:
@@ -77,11 +83,12 @@ def read_catalogue(connection: Connection, addresses: Collection[str] | None) ->
     """
     rows = connection.execute(
         "SELECT space, version, version_id, dims, metric, index_id, m, ef_construction,"
-        " target_recall, current, rows FROM ehub.indexes"
+        " target_recall, current, name, partition_by, coalesce(condition, 'true')"
+        " FROM ehub.indexes"
         " WHERE (current OR warm) AND %(names)s::text[] IS NULL OR rows IS NULL AND"
         " ((current OR warm) AND space = ANY(%(names)s)"
         " OR space || '@' || version = ANY(%(names)s))"
-        " ORDER BY current DESC, version_id, rows NULLS FIRST",
+        " ORDER BY current DESC, version_id, rows NULLS FIRST, name NULLS FIRST",
         {"names": None if addresses is None else list(addresses)},
     )
     return [Entry(*row) for row in rows]

@@ -407,7 +407,7 @@ class Replica:
                 copy = Copy(entry, folder / str(entry.index_id), self._shared)
                 self._copies[entry.index_id] = copy
             copy.entry = entry
-            if entry.rows is not None:
+            if not entry.whole:
                 continue
             meant[entry.address] = copy
             if entry.current:
