@@ -186,3 +186,84 @@ BEGIN
         ));
     END IF;
 END $$;
+
+-- The parts of a filter that all have to hold: what is asked of a field, as an object of operators, or
+-- a word with what it takes.
+CREATE OR REPLACE FUNCTION ehub.filter_parts(filter jsonb)
+RETURNS TABLE (field text, word text, wanted jsonb)
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    one record;
+BEGIN
+    FOR one IN SELECT * FROM jsonb_each(filter) LOOP
+        IF one.key = 'and' THEN
+            RETURN QUERY
+            SELECT p.* FROM jsonb_array_elements(one.value) AS part,
+                ehub.filter_parts(part) AS p;
+        ELSIF one.key IN ('or', 'not') THEN
+            RETURN QUERY SELECT NULL::text, one.key, one.value;
+        ELSIF jsonb_typeof(one.value) <> 'object' THEN
+            RETURN QUERY SELECT one.key, NULL::text, jsonb_build_object('=', one.value);
+        ELSE
+            -- These are of all elements of a list, the others of one and the same.
+            RETURN QUERY
+            SELECT one.key, NULL::text, jsonb_build_object(o.key, o.value)
+            FROM jsonb_each(one.value) AS o WHERE o.key IN ('!=', 'not in', 'exists')
+            UNION ALL
+            SELECT one.key, NULL::text, jsonb_object_agg(o.key, o.value)
+            FROM jsonb_each(one.value) AS o WHERE o.key NOT IN ('!=', 'not in', 'exists')
+            HAVING count(*) > 0;
+        END IF;
+    END LOOP;
+END $$;
+
+-- Whether what matches one filter surely matches another. Of the many ways in which that can be so it
+-- knows those that users write: the same parts, fewer of them, wider bounds, longer lists.
+CREATE OR REPLACE FUNCTION ehub.implies(filter jsonb, wider jsonb) RETURNS boolean
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT NOT EXISTS (
+        SELECT FROM ehub.filter_parts(wider) AS w
+        WHERE NOT EXISTS (
+            SELECT FROM ehub.filter_parts(filter) AS f
+            WHERE (f.field, f.word, f.wanted) IS NOT DISTINCT FROM (w.field, w.word, w.wanted)
+                OR f.field = w.field AND ehub.element_implies(f.wanted, w.wanted)
+        )
+    )
+$$;
+
+-- The same for what is asked of one element of a field.
+CREATE OR REPLACE FUNCTION ehub.element_implies(narrow jsonb, wide jsonb) RETURNS boolean
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    test jsonpath;
+BEGIN
+    IF narrow ?| ARRAY['!=', 'not in', 'exists'] OR wide ?| ARRAY['!=', 'not in'] THEN
+        RETURN false;
+    ELSIF wide ? 'exists' THEN
+        RETURN wide -> 'exists' = 'true';
+    END IF;
+    IF narrow ? '=' OR narrow ? 'in' THEN
+        -- All values that it can have, tried.
+        test := ehub.filter_path(jsonb_build_object('v', wide));
+        RETURN NOT EXISTS (
+            SELECT FROM jsonb_array_elements(coalesce(
+                narrow -> 'in', jsonb_build_array(narrow -> '=')
+            )) AS value
+            WHERE NOT jsonb_build_object('v', value) @@ test
+        );
+    END IF;
+    RETURN NOT EXISTS (
+        SELECT FROM jsonb_each(wide) AS w
+        WHERE NOT EXISTS (
+            SELECT FROM jsonb_each(narrow) AS n
+            WHERE left(n.key, 1) = left(w.key, 1) AND left(w.key, 1) IN ('<', '>')
+                -- The bound itself is inside, or left out on both sides.
+                AND (
+                    n.value = w.value AND (n.key = w.key OR w.key IN ('<=', '>='))
+                    OR jsonb_build_object('v', n.value) @@ ehub.filter_path(
+                        jsonb_build_object('v', jsonb_build_object(left(w.key, 1), w.value))
+                    )
+                )
+        )
+    );
+END $$;

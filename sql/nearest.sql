@@ -31,9 +31,15 @@ BEGIN
     PERFORM ehub.require_usable(format('space %L, query', target.space), target.metric, query);
 END $$;
 
--- Exact search: every row is compared.
+-- Exact search: every row is compared that matches, if there is anything to match.
 CREATE OR REPLACE FUNCTION ehub.nearest_exact(
-    space text, query @vector@.vector, k int, leave_out text DEFAULT NULL
+    space text,
+    query @vector@.vector,
+    k int,
+    leave_out text[] DEFAULT NULL,
+    filter jsonb DEFAULT NULL,
+    partition text DEFAULT NULL,
+    index text DEFAULT NULL
 ) RETURNS TABLE (key text, distance float8, metadata jsonb)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
@@ -43,19 +49,32 @@ BEGIN
     PERFORM ehub.require_query(target, query, k);
     -- The sum keeps the planner from an approximate index that somebody made on the table.
     RETURN QUERY EXECUTE format(
-        'SELECT key, 0.0 + (embedding %s $1) AS distance, metadata'
-        ' FROM ehub_data.%I WHERE $3 IS NULL OR key <> $3 ORDER BY distance, key LIMIT $2',
-        ehub.distance_operator(target.metric), 'v' || target.version_id
+        'SELECT key, 0.0 + (embedding %s $1) AS distance, metadata FROM ehub_data.%I WHERE %s'
+        ' ORDER BY distance, key LIMIT $2',
+        ehub.distance_operator(target.metric), 'v' || target.version_id,
+        concat_ws(
+            ' AND ', '($3 IS NULL OR key <> ALL ($3))',
+            ehub.conditions(target, ehub.filter_with_index(target, filter, index), partition)
+        )
     ) USING query, k, leave_out;
 END $$;
 
 -- The exact neighbours of a stored key, without itself.
-CREATE OR REPLACE FUNCTION ehub.nearest_exact_to(space text, stored_key text, k int)
-RETURNS TABLE (key text, distance float8, metadata jsonb)
+CREATE OR REPLACE FUNCTION ehub.nearest_exact_to(
+    space text,
+    stored_key text,
+    k int,
+    filter jsonb DEFAULT NULL,
+    partition text DEFAULT NULL,
+    index text DEFAULT NULL
+) RETURNS TABLE (key text, distance float8, metadata jsonb)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     -- The key's vector and its neighbours are of one version, whatever is promoted meanwhile.
     SELECT n.* FROM (SELECT ehub.address(ehub.require_space(space)) AS address OFFSET 0) AS here,
-        ehub.nearest_exact(here.address, ehub.get(here.address, stored_key), k, stored_key) AS n
+        ehub.nearest_exact(
+            here.address, ehub.get(here.address, stored_key), k, ARRAY[stored_key], filter,
+            partition, index
+        ) AS n
 $$;
 
 CREATE OR REPLACE FUNCTION ehub.distance_operator(metric text) RETURNS text
@@ -140,14 +159,16 @@ END $$;
 
 -- Make the functions that check candidates of a version: each a statement that is planned once a
 -- session, under the rights and in the snapshot of the caller.
-CREATE OR REPLACE FUNCTION ehub.create_checks(version_id bigint, metric text) RETURNS void
+CREATE OR REPLACE FUNCTION ehub.create_checks(
+    version_id bigint, metric text, partition_by text
+) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     EXECUTE format(
         $template$
             CREATE OR REPLACE FUNCTION ehub_data.%1$I(
                 query @vector@.vector, candidates text[], watermark pg_snapshot, asked int,
-                needed int, k int, leave_out text
+                needed int, k int, leave_out text[]
             ) RETURNS TABLE (key text, distance float8, metadata jsonb)
             LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $body$
             BEGIN
@@ -156,17 +177,44 @@ BEGIN
                 FROM ehub_data.%2$I AS t
                 WHERE t.key = ANY (
                     (SELECT ehub.deciding_keys(%4$s, $3, $2, $4, $5))::text[]
-                ) AND ($7 IS NULL OR t.key <> $7)
+                ) AND ($7 IS NULL OR t.key <> ALL ($7))
                 ORDER BY 2, 1 LIMIT $6;
             END $body$
         $template$,
         'check_v' || version_id, 'v' || version_id, ehub.distance_operator(metric), version_id
     );
+    -- The same among rows that match. Where the candidates need not, an answer that is not full is
+    -- none: there may be more farther out.
+    EXECUTE format(
+        $template$
+            CREATE OR REPLACE FUNCTION ehub_data.%1$I(
+                query @vector@.vector, candidates text[], watermark pg_snapshot, asked int,
+                needed int, k int, leave_out text[], path jsonpath, partition text, matching boolean
+            ) RETURNS TABLE (key text, distance float8, metadata jsonb)
+            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $body$
+            BEGIN
+                RETURN QUERY
+                WITH near AS MATERIALIZED (
+                    SELECT t.key, 0.0 + (t.embedding %3$s $1) AS distance, t.metadata
+                    FROM ehub_data.%2$I AS t
+                    WHERE t.key = ANY (
+                        (SELECT ehub.deciding_keys(%4$s, $3, $2, $4, $5))::text[]
+                    ) AND ($7 IS NULL OR t.key <> ALL ($7))
+                        AND ($8 IS NULL OR t.metadata @@ $8)
+                        AND ($9 IS NULL OR t.metadata ->> %5$L = $9)
+                    ORDER BY 2, 1 LIMIT $6
+                )
+                SELECT n.* FROM near AS n WHERE $10 OR (SELECT count(*) FROM near) >= $6;
+            END $body$
+        $template$,
+        'check_matching_v' || version_id, 'v' || version_id, ehub.distance_operator(metric),
+        version_id, coalesce(partition_by, '')
+    );
     EXECUTE format(
         $template$
             CREATE OR REPLACE FUNCTION ehub_data.%1$I(
                 queries @vector@.vector[], candidates text[], owners int[], watermark pg_snapshot,
-                asked int, k int
+                asked int, k int, path jsonpath, partition text
             ) RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
             LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS $body$
             BEGIN
@@ -194,6 +242,8 @@ BEGIN
                     JOIN ehub_data.%2$I AS t ON t.key = p.key
                     WHERE (SELECT d.keys IS NOT NULL FROM delta AS d)
                         AND NOT EXISTS (SELECT FROM short)
+                        AND ($7 IS NULL OR t.metadata @@ $7)
+                        AND ($8 IS NULL OR t.metadata ->> %5$L = $8)
                 ), ranked AS (
                     SELECT p.*, row_number() OVER (
                         PARTITION BY p.owner ORDER BY p.distance, p.key
@@ -204,7 +254,8 @@ BEGIN
                 WHERE r.place <= $6 ORDER BY r.owner, r.place;
             END $body$
         $template$,
-        'check_many_v' || version_id, 'v' || version_id, ehub.distance_operator(metric), version_id
+        'check_many_v' || version_id, 'v' || version_id, ehub.distance_operator(metric),
+        version_id, coalesce(partition_by, '')
     );
 END $$;
 
@@ -213,72 +264,125 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     EXECUTE format('DROP FUNCTION ehub_data.%I', 'check_v' || version_id);
     EXECUTE format('DROP FUNCTION ehub_data.%I', 'check_many_v' || version_id);
+    EXECUTE format('DROP FUNCTION ehub_data.%I', 'check_matching_v' || version_id);
 END $$;
 
-SELECT ehub.create_checks(id, metric) FROM ehub.version;
+SELECT ehub.create_checks(id, metric, partition_by) FROM ehub.version;
 
 -- Find the k nearest rows to a query: in any statement, joined with what you like.
+--
+-- With a `filter` (sql/filter.sql) among the rows that match, with a `partition` among its rows, with
+-- an `index` among those of that sub-index; always k, where there are so many.
 --
 -- ehub.mode: 'auto' asks the index service and goes exact where it cannot help, 'index' fails then,
 -- 'exact' never asks. ehub.consistency: 'strong' sees everything that this transaction sees,
 -- 'eventual' leaves out what the index has not seen. ehub.ef_search: the candidates that the index
 -- keeps while it searches, instead of as many as its target recall needs.
 CREATE OR REPLACE FUNCTION ehub.nearest(
-    space text, query @vector@.vector, k int, leave_out text DEFAULT NULL
+    space text,
+    query @vector@.vector,
+    k int,
+    leave_out text[] DEFAULT NULL,
+    filter jsonb DEFAULT NULL,
+    partition text DEFAULT NULL,
+    index text DEFAULT NULL
 ) RETURNS TABLE (key text, distance float8, metadata jsonb)
 LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
     mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
+    matching boolean := filter IS NOT NULL OR partition IS NOT NULL OR index IS NOT NULL;
+    path jsonpath;
     needed int;
     asked int;
     proposed record;
     reason text;
 BEGIN
     PERFORM ehub.require_query(target, query, k);
+    IF matching THEN
+        filter := ehub.filter_with_index(target, filter, index);
+        PERFORM ehub.require_partition(target, partition);
+        path := ehub.filter_path(filter);
+    END IF;
     IF mode <> 'exact' THEN
         PERFORM ehub.choice('ehub.consistency', 'strong', 'eventual');
-        needed := least(k, 1000000000) + (leave_out IS NOT NULL)::int;
+        needed := least(k, 1000000000) + coalesce(cardinality(leave_out), 0);
         asked := needed;
-        FOR attempt IN 1 .. 2 LOOP
+        FOR attempt IN 1 .. 3 LOOP
             proposed := ehub.candidates(
                 target.version_id, 1, asked,
-                encode(@vector@.vector_send(query), 'hex')
+                encode(@vector@.vector_send(query), 'hex'), filter, partition, index
             );
             reason := proposed.reason;
             EXIT WHEN reason IS NOT NULL;
-            RETURN QUERY EXECUTE format(
-                'SELECT key, distance, metadata FROM ehub_data.%I($1, $2, $3, $4, $5, $6, $7)',
-                'check_v' || target.version_id
-            ) USING query, proposed.keys, proposed.watermark, asked, needed, k, leave_out;
-            IF FOUND OR ehub.deciding_keys(
+            IF matching THEN
+                RETURN QUERY EXECUTE format(
+                    'SELECT key, distance, metadata FROM ehub_data.%I('
+                    '$1, $2, $3, $4, $5, $6, $7, $8, $9, $10)',
+                    'check_matching_v' || target.version_id
+                ) USING query, proposed.keys, proposed.watermark, asked, needed, k, leave_out, path,
+                    partition, proposed.matching;
+            ELSE
+                RETURN QUERY EXECUTE format(
+                    'SELECT key, distance, metadata FROM ehub_data.%I($1, $2, $3, $4, $5, $6, $7)',
+                    'check_v' || target.version_id
+                ) USING query, proposed.keys, proposed.watermark, asked, needed, k, leave_out;
+            END IF;
+            IF FOUND THEN
+                RETURN;
+            ELSIF NOT proposed.matching THEN
+                reason := 'too few of the rows near it match';
+                asked := ehub.candidates_needed(
+                    target, path, partition, needed, cardinality(proposed.keys)
+                );
+                EXIT WHEN asked IS NULL;
+            ELSIF ehub.deciding_keys(
                 target.version_id, proposed.watermark, proposed.keys, asked, needed
             ) IS NOT NULL THEN
                 RETURN;
+            ELSE
+                reason := 'too much has changed since it was brought up to date';
+                EXIT WHEN attempt = 2;
+                asked := 2 * needed + 1000;
             END IF;
-            reason := 'too much has changed since it was brought up to date';
-            asked := 2 * needed + 1000;
         END LOOP;
         PERFORM ehub.require_exact_is_allowed(mode, space, reason);
     END IF;
-    RETURN QUERY SELECT * FROM ehub.nearest_exact(ehub.address(target), query, k, leave_out);
+    RETURN QUERY
+    SELECT * FROM ehub.nearest_exact(ehub.address(target), query, k, leave_out, filter, partition);
 END $$;
 
 -- The neighbours of a stored key, without itself.
-CREATE OR REPLACE FUNCTION ehub.nearest_to(space text, stored_key text, k int)
-RETURNS TABLE (key text, distance float8, metadata jsonb)
+CREATE OR REPLACE FUNCTION ehub.nearest_to(
+    space text,
+    stored_key text,
+    k int,
+    filter jsonb DEFAULT NULL,
+    partition text DEFAULT NULL,
+    index text DEFAULT NULL
+) RETURNS TABLE (key text, distance float8, metadata jsonb)
 LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     -- The key's vector and its neighbours are of one version, whatever is promoted meanwhile.
     here text := ehub.address(ehub.require_space(space));
 BEGIN
-    RETURN QUERY SELECT * FROM ehub.nearest(here, ehub.get(here, stored_key), k, stored_key);
+    RETURN QUERY
+    SELECT * FROM ehub.nearest(
+        here, ehub.get(here, stored_key), k, ARRAY[stored_key], filter, partition, index
+    );
 END $$;
 
 -- The k nearest rows to each of many queries, in one trip to the index or, of very many, in several; q
 -- counts them from 1.
-CREATE OR REPLACE FUNCTION ehub.nearest_many(space text, queries @vector@.vector[], k int)
-RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
+CREATE OR REPLACE FUNCTION ehub.nearest_many(
+    space text,
+    queries @vector@.vector[],
+    k int,
+    filter jsonb DEFAULT NULL,
+    partition text DEFAULT NULL,
+    index text DEFAULT NULL
+) RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
 LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
@@ -291,21 +395,31 @@ BEGIN
             USING ERRCODE = 'EH005';
     END IF;
     PERFORM ehub.require_query(target, v.query, k) FROM unnest(queries) AS v (query);
+    PERFORM ehub.require_partition(target, partition);
+    filter := ehub.filter_with_index(target, filter, index);
     FOR done IN 0 .. cardinality(queries) - 1 BY size LOOP
         RETURN QUERY
         SELECT done + n.q, n.key, n.distance, n.metadata
-        FROM ehub.nearest_of_batch(target, queries[done + 1 : done + size], k) AS n;
+        FROM ehub.nearest_of_batch(
+            target, queries[done + 1 : done + size], k, filter, partition, index
+        ) AS n;
     END LOOP;
 END $$;
 
 -- The same for a batch that goes in one trip, whose queries were checked.
 CREATE OR REPLACE FUNCTION ehub.nearest_of_batch(
-    target ehub.catalogue, queries @vector@.vector[], k int
+    target ehub.catalogue,
+    queries @vector@.vector[],
+    k int,
+    filter jsonb,
+    partition text,
+    index text
 ) RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
 LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
+    path jsonpath := ehub.filter_path(filter);
     asked int := least(k, 1000000000);
     proposed record;
     reason text;
@@ -317,18 +431,29 @@ BEGIN
                 target.version_id, cardinality(queries), asked, (
                     SELECT string_agg(encode(@vector@.vector_send(v.query), 'hex'), '')
                     FROM unnest(queries) AS v (query)
-                )
+                ), filter, partition, index
             );
             reason := proposed.reason;
             EXIT WHEN reason IS NOT NULL;
+            IF NOT proposed.matching THEN
+                -- Each by itself, for each may need another number of candidates.
+                RETURN QUERY
+                SELECT v.q::int, n.key, n.distance, n.metadata
+                FROM unnest(queries) WITH ORDINALITY AS v (query, q),
+                    ehub.nearest(
+                        ehub.address(target), v.query, k, NULL, filter, partition
+                    ) AS n
+                ORDER BY v.q, n.distance, n.key;
+                RETURN;
+            END IF;
             RETURN QUERY EXECUTE format(
-                'SELECT q, key, distance, metadata FROM ehub_data.%I($1, $2, $3, $4, $5, $6)',
+                'SELECT q, key, distance, metadata FROM ehub_data.%I($1, $2, $3, $4, $5, $6, $7, $8)',
                 'check_many_v' || target.version_id
             ) USING queries, proposed.keys, (
                 SELECT array_agg(c.owner::int)
                 FROM unnest(proposed.counts) WITH ORDINALITY AS c (n, owner),
                     generate_series(1, c.n)
-            ), proposed.watermark, asked, k;
+            ), proposed.watermark, asked, k, path, partition;
             IF FOUND OR cardinality(proposed.keys) = 0 AND ehub.deciding_keys(
                 target.version_id, proposed.watermark, '{}', 1, 1
             ) IS NOT NULL THEN
@@ -342,7 +467,7 @@ BEGIN
     RETURN QUERY
     SELECT v.q::int, n.key, n.distance, n.metadata
     FROM unnest(queries) WITH ORDINALITY AS v (query, q),
-        ehub.nearest_exact(ehub.address(target), v.query, k) AS n
+        ehub.nearest_exact(ehub.address(target), v.query, k, NULL, filter, partition) AS n
     ORDER BY v.q, n.distance, n.key;
 END $$;
 

@@ -190,6 +190,8 @@ END $$;
 
 -- Ask the service for the `k` nearest of each of `n` queries, given as the hexadecimal form of what
 -- vector_send writes, one after the other; by the index that has just the rows that the caller sees.
+-- With a filter, a partition or the name of a sub-index it is about rows that match; `matching` says
+-- whether all candidates do, and there are no others, or whether they are just near.
 --
 -- Returns the candidates, one query's after the other's, how many each has, and the watermark as of
 -- which they are right; or the reason why there are none. Takes bounded time, and a service that
@@ -202,11 +204,16 @@ CREATE OR REPLACE FUNCTION ehub.candidates(
     n int,
     k int,
     queries text,
+    filter jsonb DEFAULT NULL,
+    partition text DEFAULT NULL,
+    index text DEFAULT NULL,
     caller ehub.caller DEFAULT ehub.me(),
     OUT reason text,
     OUT watermark pg_snapshot,
     OUT counts int[],
-    OUT keys text[]
+    OUT keys text[],
+    OUT plan text,
+    OUT matching boolean
 )
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 SET client_min_messages = error AS $$
@@ -241,14 +248,21 @@ BEGIN
         reason := 'more than 10000 are asked for';
         RETURN;
     END IF;
-    index_id := ehub.index_of(me, version_id);
+    IF filter IS NULL AND partition IS NULL THEN
+        index_id := ehub.index_of(me, version_id);
+    ELSE
+        SELECT c.index_id, c.filter, c.partition INTO index_id, filter, partition
+        FROM ehub.choose_index(me, version_id, filter, partition, index) AS c;
+    END IF;
     IF index_id IS NULL THEN
         reason := 'no index has just the rows that may be read';
         RETURN;
     END IF;
     statement := format(
-        'CANDIDATES %s %s %s %s %s %s %s',
-        nonce, life.token, index_id, n, k, ehub.whole_setting('ehub.ef_search', 0), queries
+        'CANDIDATES %s %s %s %s %s %s %s %s %s',
+        nonce, life.token, index_id, n, k, ehub.whole_setting('ehub.ef_search', 0),
+        coalesce('x' || encode(convert_to(filter::text, 'UTF8'), 'hex'), '-'),
+        coalesce('x' || encode(convert_to(partition, 'UTF8'), 'hex'), '-'), queries
     );
 
     FOR attempt IN 1 .. 2 LOOP
@@ -276,7 +290,8 @@ BEGIN
                 EXIT WHEN reason IS NOT NULL;
                 IF part = 1 THEN
                     SELECT * INTO STRICT answer FROM ehub_dblink.dblink_get_result('ehub') AS t (
-                        nonce text, reason text, watermark pg_snapshot, counts int[], keys text[]
+                        nonce text, reason text, watermark pg_snapshot, counts int[], keys text[],
+                        plan text, matching boolean
                     );
                 ELSE
                     -- The end of the answer.
@@ -287,7 +302,7 @@ BEGIN
                 IF answer.nonce IS DISTINCT FROM nonce THEN
                     RAISE EXCEPTION 'the answer to another question';
                 ELSIF answer.reason IS NULL AND (
-                    answer.watermark IS NULL
+                    answer.watermark IS NULL OR answer.matching IS NULL
                     OR cardinality(answer.counts) IS DISTINCT FROM n
                     OR (SELECT sum(c) FROM unnest(answer.counts) AS c)
                         IS DISTINCT FROM cardinality(answer.keys)
@@ -310,6 +325,8 @@ BEGIN
                 watermark := answer.watermark;
                 counts := answer.counts;
                 keys := answer.keys;
+                plan := answer.plan;
+                matching := answer.matching;
             END IF;
             RETURN;
         END IF;

@@ -12,7 +12,8 @@ BEGIN
 END $$;
 
 -- Make a space with a version "v1", which is current. Returns the version's id. M, ef_construction
--- and target_recall are those of its index. For who may call this (ehub.grant_create), and manages
+-- and target_recall are those of its index; `partition_by` is a field of the metadata, by whose values
+-- rows are searched apart, and which each row must have then. For who may call this (ehub.grant_create), and manages
 -- the space then.
 CREATE OR REPLACE FUNCTION ehub.create_space(
     name text,
@@ -21,6 +22,7 @@ CREATE OR REPLACE FUNCTION ehub.create_space(
     m int DEFAULT 16,
     ef_construction int DEFAULT 200,
     target_recall float8 DEFAULT 0.95,
+    partition_by text DEFAULT NULL,
     caller ehub.caller DEFAULT ehub.me()
 ) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -32,12 +34,13 @@ DECLARE
 BEGIN
     PERFORM ehub.require_name('a space', $1, 40);
     PERFORM ehub.require_shape($1, $2, $3, $4, $5, $6);
+    PERFORM ehub.require_partition_field($1, $7);
     INSERT INTO ehub.space (name) VALUES ($1) ON CONFLICT (name) DO NOTHING
     RETURNING id INTO made;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is a space % already', quote_literal($1) USING ERRCODE = 'EH002';
     END IF;
-    first := ehub.add_version(made, 'v1', $2, $3, $4, $5, $6, NULL);
+    first := ehub.add_version(made, 'v1', $2, $3, $4, $5, $6, $7, NULL);
     UPDATE ehub.space SET current_version_id = first WHERE id = made;
     PERFORM ehub.show_version($1, first);
     INSERT INTO ehub.access (space_id, role, privilege, rows, granted_by)
@@ -48,7 +51,7 @@ BEGIN
     ON CONFLICT DO NOTHING;
     PERFORM ehub.apply_access(made);
     PERFORM ehub.log_action(
-        me, 'create_space', $1, jsonb_build_object('dims', $2, 'metric', $3)
+        me, 'create_space', $1, jsonb_build_object('dims', $2, 'metric', $3, 'partition_by', $7)
     );
     PERFORM ehub.ring();
     RETURN first;
@@ -87,6 +90,7 @@ CREATE OR REPLACE FUNCTION ehub.add_version(
     m int,
     ef_construction int,
     target_recall float8,
+    partition_by text,
     source bigint
 ) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -95,11 +99,15 @@ DECLARE
     space text := (SELECT s.name FROM ehub.space AS s WHERE s.id = space_id);
     version_id bigint;
 BEGIN
-    INSERT INTO ehub.version (space_id, name, dims, metric) VALUES ($1, $2, $3, $4)
+    INSERT INTO ehub.version (space_id, name, dims, metric, partition_by)
+    VALUES ($1, $2, $3, $4, $8)
     RETURNING id INTO version_id;
     INSERT INTO ehub.index (version_id, m, ef_construction, target_recall)
     VALUES (version_id, $5, $6, $7);
     PERFORM ehub.create_data_table(version_id, space, dims, metric);
+    IF partition_by IS NOT NULL THEN
+        PERFORM ehub.add_partitions(version_id, space, partition_by);
+    END IF;
     IF source IS NOT NULL THEN
         EXECUTE format(
             'INSERT INTO ehub_data.%I (key, embedding, metadata)'
@@ -108,7 +116,7 @@ BEGIN
         );
     END IF;
     PERFORM ehub.create_log_triggers(version_id);
-    PERFORM ehub.create_checks(version_id, metric);
+    PERFORM ehub.create_checks(version_id, metric, partition_by);
     EXECUTE format(
         'CREATE VIEW spaces.%I WITH (security_invoker = true) AS'
         ' SELECT key, embedding, metadata FROM ehub_data.%I',

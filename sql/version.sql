@@ -12,6 +12,7 @@ CREATE OR REPLACE FUNCTION ehub.create_version(
     m int DEFAULT NULL,
     ef_construction int DEFAULT NULL,
     target_recall float8 DEFAULT NULL,
+    partition_by text DEFAULT NULL,
     caller ehub.caller DEFAULT ehub.me()
 ) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
@@ -39,12 +40,18 @@ BEGIN
     $6 := coalesce($6, source.m);
     $7 := coalesce($7, source.ef_construction);
     $8 := coalesce($8, source.target_recall);
+    $9 := coalesce($9, source.partition_by);
     PERFORM ehub.require_shape($1, $3, $4, $6, $7, $8);
+    PERFORM ehub.require_partition_field($1, $9);
     made := ehub.add_version(
-        owner, $2, $3, $4, $6, $7, $8,
+        owner, $2, $3, $4, $6, $7, $8, $9,
         CASE WHEN from_version IS NOT NULL THEN source.version_id END
     );
     PERFORM ehub.carry_policies('ehub_data.v' || current.version_id, 'ehub_data.v' || made);
+    -- Searches by name go on where this version is promoted.
+    INSERT INTO ehub.index (version_id, m, ef_construction, target_recall, name, filter)
+    SELECT made, i.m, i.ef_construction, i.target_recall, i.name, i.filter
+    FROM ehub.index AS i WHERE i.version_id = source.version_id AND i.name IS NOT NULL;
     PERFORM ehub.apply_access(owner);
     PERFORM ehub.log_action(
         ehub.role_of(caller), 'create_version', $1,

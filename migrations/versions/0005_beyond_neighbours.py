@@ -9,9 +9,8 @@ down_revision = "0004"
 
 # Functions whose parameters or results are others now; they are made again with all the rest.
 _REPLACED = (
-    *("add_version", "candidates", "create_space", "create_version", "nearest", "nearest_at"),
+    *("add_version", "candidates", "create_checks", "create_space", "create_version", "nearest"),
     *("nearest_exact", "nearest_exact_to", "nearest_many", "nearest_of_batch", "nearest_to"),
-    *("require_shape", "row_check", "refuse_row", "create_data_table", "create_checks"),
 )
 
 
@@ -21,6 +20,7 @@ def upgrade() -> None:
         sa.text(
             "SELECT p.oid::regprocedure::text FROM pg_proc AS p"
             " WHERE p.pronamespace = 'ehub'::regnamespace AND p.proname = ANY(:names)"
+            " OR p.pronamespace = 'ehub_data'::regnamespace AND p.proname ~ '^check_'"
         ),
         {"names": list(_REPLACED)},
     )
