@@ -117,7 +117,7 @@ class Version(Base):
     created_at: Mapped[datetime.datetime] = mapped_column(server_default=func.now())
     frozen_at: Mapped[datetime.datetime | None]
     warm: Mapped[bool] = mapped_column(server_default=true())
-    # The field of metadata by whose values searches are kept apart; null where there are no partitions.
+    # The field of metadata by whose values rows are searched apart; null without partitions.
     partition_by: Mapped[str | None]
     # Below this transaction the change log of this version is gone.
     trimmed_below: Mapped[int] = mapped_column(Xid8, server_default=text("0"))

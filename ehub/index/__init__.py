@@ -3,7 +3,7 @@
 from ehub.index.build import build_index
 from ehub.index.calibrate import Calibration, calibrate
 from ehub.index.exact import nearest_of_all
-from ehub.index.hnsw import Found, HnswIndex
+from ehub.index.hnsw import Found, HnswIndex, Members, Plan, Proposed
 from ehub.index.store import IndexStore, Manifest
 
 __all__ = [
@@ -12,6 +12,9 @@ __all__ = [
     "HnswIndex",
     "IndexStore",
     "Manifest",
+    "Members",
+    "Plan",
+    "Proposed",
     "build_index",
     "calibrate",
     "nearest_of_all",

@@ -55,7 +55,7 @@ def nearest_among(
     k = min(k, len(rows))
     if len(queries) * rows.size <= _FLOATS // 4:
         # So few that all of them can be compared with all digits.
-        distances = _pairwise(queries, rows[None], metric)
+        distances = pairwise(queries, rows[None], metric)
         order = np.argsort(distances, axis=1, kind="stable")[:, :k]
         return labels[order], np.take_along_axis(distances, order, axis=1)
     near = np.empty((len(queries), k), np.int64)
@@ -66,7 +66,7 @@ def nearest_among(
     for start in range(0, len(queries), step):
         part = queries[start : start + step]
         places, _ = brute_force(part, [(np.arange(len(rows)), rows)], k, metric)
-        distances = _pairwise(part, rows[places], metric)
+        distances = pairwise(part, rows[places], metric)
         order = np.argsort(distances, axis=1, kind="stable")
         near[start : start + step] = labels[np.take_along_axis(places, order, axis=1)]
         far[start : start + step] = np.take_along_axis(distances, order, axis=1)
@@ -108,6 +108,23 @@ def _unit(vectors: Matrix) -> Matrix:
     return scaled
 
 
+def pairwise(queries: Matrix, rows: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
+    """Return the distance of each query to rows of its own, of shape ``(n or 1, k, dims)``."""
+    if metric != "l2":
+        with PRODUCTS.read():
+            products: NDArray[np.float32] = (rows @ queries[:, :, None])[:, :, 0]
+        return 1 - products
+    apart = rows - queries[:, None]
+    squares: NDArray[np.float32] = np.einsum("ikd,ikd->ik", apart, apart)
+    return squares
+
+
+def squared_norms(vectors: Matrix) -> NDArray[np.float32]:
+    """Return the product of each row with itself, float32 of shape ``(n,)``."""
+    squares: NDArray[np.float32] = np.einsum("ij,ij->i", vectors, vectors)
+    return squares
+
+
 def pgvector_distances(distances: NDArray[np.float32], metric: Metric) -> NDArray[np.float64]:
     """Translate a graph's distances, as above, into pgvector's, which are float64."""
     wide = distances.astype(np.float64)
@@ -132,17 +149,6 @@ def _below(
     return near, far
 
 
-def _pairwise(queries: Matrix, rows: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
-    """Return the distance of each query to rows of its own, of shape ``(n or 1, k, dims)``."""
-    if metric != "l2":
-        with PRODUCTS.read():
-            products: NDArray[np.float32] = (rows @ queries[:, :, None])[:, :, 0]
-        return 1 - products
-    apart = rows - queries[:, None]
-    squares: NDArray[np.float32] = np.einsum("ikd,ikd->ik", apart, apart)
-    return squares
-
-
 def _compare(queries: Matrix, rows: Matrix, metric: Metric) -> NDArray[np.float32]:
     if metric == "l2":
         # Around their own middle: far from the origin the squares would swallow the distances.
@@ -153,6 +159,6 @@ def _compare(queries: Matrix, rows: Matrix, metric: Metric) -> NDArray[np.float3
     if metric != "l2":
         return 1 - products
     distances = -2 * products
-    distances += np.einsum("ij,ij->i", rows, rows)[None]
-    distances += np.einsum("ij,ij->i", queries, queries)[:, None]
+    distances += squared_norms(rows)[None]
+    distances += squared_norms(queries)[:, None]
     return distances

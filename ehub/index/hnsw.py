@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from ehub.index import tail
 from ehub.index.calibrate import Calibration
 from ehub.index.exact import brute_force, comparable, nearest_among, pgvector_distances
 from ehub.index.lock import ReadWriteLock
+from ehub.index.selection import Selection
 from ehub.types import Matrix, Metric, Vector
 
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -30,6 +31,10 @@ _BUILD_BATCH = 4096
 _EXACT_BATCH = 8192
 _MEASURE_BATCH = 20
 _SLACK = 1.05
+# What a candidate that the graph keeps costs, in vectors that are compared.
+_COMPARED_A_CANDIDATE = 30
+# More than so many neighbours are not asked of it to find some that match.
+_MOST_ASKED = 5000
 
 
 class Found(NamedTuple):
@@ -39,11 +44,42 @@ class Found(NamedTuple):
     distances: list[float]
 
 
+class Plan(NamedTuple):
+    """How a search is answered.
+
+    Attributes:
+        by: ``graph``, or ``rows``: all that match are compared.
+        rows: those that match.
+        compared: vectors that are compared, roughly.
+        asked: neighbours that the graph is asked for.
+    """
+
+    by: str
+    rows: int
+    compared: int
+    asked: int = 0
+
+
 class Proposed(NamedTuple):
     """The answer to some queries: keys by query, nearest first, and what the rows equalled."""
 
     keys: list[list[str]]
     as_of: object
+    plan: Plan
+
+
+class Members(NamedTuple):
+    """What becomes of a selection with a change.
+
+    Attributes:
+        matching: of the keys that have changed, those that match now.
+        others: all other keys that match, where the selection is new; else None.
+        vectors: theirs, float32 by row, where all rows of the selection will be compared often.
+    """
+
+    matching: Collection[str]
+    others: Sequence[str] | None = None
+    vectors: Matrix | None = None
 
 
 class _Graph(Protocol):
@@ -97,6 +133,7 @@ class HnswIndex:
         self._visible = 0
         self._tail = tail.Tail(dims)
         self._tombstones = 0
+        self._selections: dict[str, Selection] = {}
         self.calibration = Calibration.untried()
         # Whether a search could not reach as many rows as there are.
         self.disconnected = False
@@ -145,15 +182,19 @@ class HnswIndex:
             label = self._labels.get(key)
             return None if label is None else self._stored([label])[0]
 
-    def search(self, queries: Matrix, k: int) -> list[Found] | None:
+    def search(self, queries: Matrix, k: int, selection: str | None = None) -> list[Found] | None:
         """Find the ``k`` nearest of each query, float32 of shape ``(n, dims)``, by the graph.
 
-        Finds as many as there are where there are fewer than ``k``. None means that the graph
-        could not answer (parts of it cannot be reached): ask the database.
+        With a ``selection`` among its rows. Finds as many as there are where there are fewer than
+        ``k``. None means that the graph could not answer (parts of it cannot be reached), or that
+        there is no such selection: ask the database.
         """
         queries = self._comparable(queries)
         with self._lock.read():
-            found = self._nearest(queries, k)
+            if selection is None:
+                found = self._nearest(queries, k)
+            else:
+                found = self._nearest_selected(queries, k, selection)
             if found is None:
                 return None
             keys = self._keys
@@ -166,30 +207,112 @@ class HnswIndex:
                 )
             ]
 
-    def propose(self, queries: Matrix, k: int, ef: int = 0) -> Proposed | None:
+    def propose(
+        self, queries: Matrix, k: int, ef: int = 0, selection: str | None = None
+    ) -> Proposed | None:
         """Find keys as :meth:`search` does, and say as of what they are right.
 
         ``ef`` is what the graph is searched with, 0 for what was calibrated. A smaller one than
         that makes other searches wait.
         """
         queries = self._comparable(queries)
+        if selection is not None:
+            with self._lock.read():
+                return self._proposed(
+                    self._nearest_selected(queries, k, selection, ef),
+                    lambda: self.plan(k, selection, len(queries)),
+                )
         if not ef or ef >= self.calibration.ef:
             with self._lock.read():
-                return self._proposed(self._nearest(queries, k, ef))
+                return self._proposed(self._nearest(queries, k, ef), lambda: self.plan(k))
         with self._lock.write():
             self._graph.set_ef(ef)
             try:
-                return self._proposed(self._nearest(queries, k, ef))
+                return self._proposed(self._nearest(queries, k, ef), lambda: self.plan(k))
             finally:
                 self._graph.set_ef(self.calibration.ef)
 
     def _proposed(
-        self, found: tuple[NDArray[np.int64], NDArray[np.float32]] | None
+        self,
+        found: tuple[NDArray[np.int64], NDArray[np.float32]] | None,
+        plan: Callable[[], Plan | None],
     ) -> Proposed | None:
-        if found is None:
+        chosen = None if found is None else plan()
+        if found is None or chosen is None:
             return None
         keys = self._keys
-        return Proposed([[keys[label] for label in row] for row in found[0].tolist()], self.as_of)
+        return Proposed(
+            [[keys[label] for label in row] for row in found[0].tolist()], self.as_of, chosen
+        )
+
+    def selections(self) -> dict[str, Selection]:
+        """Return the selections that there are, by name, to look at."""
+        return self._selections.copy()
+
+    def plan(self, k: int, selection: str | None = None, queries: int = 1) -> Plan | None:
+        """Say how a search would be answered; None where there is no such selection."""
+        if selection is None:
+            ef = self.calibration.ef_for(k)
+            return Plan("graph", self._rows, min(ef * _COMPARED_A_CANDIDATE, self._rows), k)
+        chosen = self._selections.get(selection)
+        return None if chosen is None else self._plan(chosen, min(k, len(chosen)), queries)
+
+    def _plan(self, chosen: Selection, wanted: int, queries: int, ef: int = 0) -> Plan:
+        asked = chosen.wanted_of_graph(wanted, self._rows)
+        ef = max(ef, self.calibration.ef_for(asked))
+        # A graph that is not needed is not searched.
+        if self._tail.base == 0 or chosen.rows_are_cheaper(ef, queries):
+            return Plan("rows", len(chosen), len(chosen))
+        compared = min(ef * _COMPARED_A_CANDIDATE, self._rows)
+        return Plan("graph", len(chosen), compared, asked)
+
+    def _nearest_selected(
+        self, queries: Matrix, k: int, selection: str, ef: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        """Return what :meth:`_nearest` does, of a selection; under the lock."""
+        chosen = self._selections.get(selection)
+        if chosen is None:
+            return None
+        wanted = min(k, len(chosen))
+        if not wanted:
+            return np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
+        plan = self._plan(chosen, wanted, len(queries), ef)
+        if plan.by == "rows":
+            return self._compare_selected(chosen, queries, wanted)
+        near = np.empty((len(queries), wanted), np.int64)
+        far = np.empty((len(queries), wanted), np.float32)
+        left = np.arange(len(queries))
+        asked = plan.asked
+        while True:
+            found = self._nearest(queries[left], asked, ef)
+            if found is None:
+                return None
+            matching = chosen.holds(found[0])
+            full = matching.sum(axis=1) >= wanted
+            # Those that match come first, in their order.
+            order = np.argsort(~matching[full], axis=1, kind="stable")[:, :wanted]
+            near[left[full]] = np.take_along_axis(found[0][full], order, axis=1)
+            far[left[full]] = np.take_along_axis(found[1][full], order, axis=1)
+            if asked == plan.asked:
+                chosen.note(len(left), int((~full).sum()))
+            left = left[~full]
+            if not len(left):
+                return near, far
+            asked *= 4
+            if asked > min(_MOST_ASKED, self._rows) or chosen.rows_are_cheaper(asked, len(left)):
+                break
+        rest = self._compare_selected(chosen, queries[left], wanted)
+        if rest is None:
+            return None
+        near[left], far[left] = rest
+        return near, far
+
+    def _compare_selected(
+        self, chosen: Selection, queries: Matrix, wanted: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
+        if not chosen.comparable:
+            return None
+        return chosen.nearest(queries, wanted, self.metric, self._stored)
 
     def _nearest(
         self, queries: Matrix, k: int, ef: int = 0
@@ -319,13 +442,24 @@ class HnswIndex:
                 self._tail.extend(vectors[start : start + size])
                 self._graph.add_items(vectors[start : start + size], labels, num_threads=THREADS)
 
-    def publish(self, deleted: Collection[str] = (), as_of: object = None) -> None:
+    def publish(
+        self,
+        deleted: Collection[str] = (),
+        as_of: object = None,
+        changed: Collection[str] = (),
+        selections: Mapping[str, Members] | None = None,
+    ) -> None:
         """Show the staged rows and hide what they replace and ``deleted``, at one moment.
 
-        From the same moment on the rows are said to equal ``as_of``.
+        From the same moment on the rows are said to equal ``as_of``. ``changed`` are the keys of
+        which something has changed, if only whether they match; ``selections`` says what becomes
+        of each selection, and those that it does not name are there no more.
         """
+        selections = selections or {}
         with self._lock.write():
             self.as_of = as_of
+            for name in self._selections.keys() - selections.keys():
+                del self._selections[name]
             for key in deleted:
                 self._bury(self._labels.pop(key, None))
             for label in range(self._visible, len(self._keys)):
@@ -334,6 +468,29 @@ class HnswIndex:
                 self._labels[key] = label
             self._visible = len(self._keys)
             self._rows = len(self._labels)
+            for name, members in selections.items():
+                self._change(name, changed, members)
+
+    def _change(self, name: str, changed: Collection[str], members: Members) -> None:
+        labels = self._labels
+        if members.others is not None:
+            vectors = members.vectors
+            known = np.array([key in labels for key in members.others], np.bool_)
+            if vectors is not None:
+                vectors = self._comparable(vectors[known])
+            others = self._labels_of(members.others)
+            self._selections[name] = Selection(others, vectors, self._graph.get_max_elements())
+        selection = self._selections[name]
+        for key in changed:
+            label = labels.get(key)
+            if label is not None and key not in members.matching:
+                selection.leave(label)
+        selection.enter(self._labels_of(members.matching), self._stored)
+
+    def _labels_of(self, keys: Collection[str]) -> NDArray[np.int64]:
+        """Return the labels of the keys that there are, in their order."""
+        labels = self._labels
+        return np.array([labels[key] for key in keys if key in labels], np.int64)
 
     def settle(self) -> None:
         """Leave all rows to the graph, as after a build that was measured."""
@@ -396,6 +553,7 @@ class HnswIndex:
         index.disconnected = False
         index.as_of = None
         index._tombstones = index._graph.get_current_count() - index._rows
+        index._selections = {}
         index.calibration = calibration
         if len(keys) <= tail.SIZE:
             index._tail = tail.Tail(dims)
@@ -439,6 +597,8 @@ class HnswIndex:
             self._keys[label] = ""
             self._tail.bury(label)
             self._tombstones += 1
+            for selection in self._selections.values():
+                selection.leave(label)
 
     def _query(
         self, queries: Matrix, k: int

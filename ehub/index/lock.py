@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 
 class ReadWriteLock:
@@ -15,21 +16,11 @@ class ReadWriteLock:
         self._readers = 0
         self._writing = False
         self._waiting = 0
+        self._reading = _Reading(self)
 
-    @contextlib.contextmanager
-    def read(self) -> Iterator[None]:
+    def read(self) -> AbstractContextManager[None]:
         """Hold it beside other readers."""
-        with self._condition:
-            while self._writing or self._waiting:
-                self._condition.wait()
-            self._readers += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._readers -= 1
-                if not self._readers:
-                    self._condition.notify_all()
+        return self._reading
 
     @contextlib.contextmanager
     def write(self) -> Iterator[None]:
@@ -48,6 +39,27 @@ class ReadWriteLock:
             with self._condition:
                 self._writing = False
                 self._condition.notify_all()
+
+
+class _Reading:
+    """What readers enter: one for all, since making one takes as long as a small search."""
+
+    def __init__(self, lock: ReadWriteLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        lock = self._lock
+        with lock._condition:
+            while lock._writing or lock._waiting:
+                lock._condition.wait()
+            lock._readers += 1
+
+    def __exit__(self, *_: object) -> None:
+        lock = self._lock
+        with lock._condition:
+            lock._readers -= 1
+            if not lock._readers:
+                lock._condition.notify_all()
 
 
 PRODUCTS = ReadWriteLock()

@@ -48,7 +48,7 @@ class Entry(NamedTuple):
     def limits(self) -> sql.Composable:
         """The condition for a row to be in the index."""
         # As the database itself has written it.
-        return sql.SQL(self.condition)  # type: ignore[arg-type]
+        return sql.SQL(self.condition)
 
     @property
     def address(self) -> str:
