@@ -51,7 +51,7 @@ class _Rows:
 
     def vector(self, key: str) -> Vector:
         # They are so few that a mapping for each would take more memory than it is worth.
-        vector: Vector = self.vectors[self.keys.index(key)]
+        vector: Vector = self.vectors[self.keys.index(key)].copy()
         return vector
 
     def without(self, keys: Collection[str]) -> _Rows:
@@ -536,7 +536,7 @@ class PartitionedIndex:
                         file.write(each.rows.vectors.data)
 
         def write_partitions(path: Path) -> None:
-            path.write_text(json.dumps([_described(each) for each in held]))
+            path.write_bytes(json.dumps([_described(each) for each in held]).encode())
 
         files: dict[str, Callable[[Path], None]] = {
             f"{name}.keys": write_all_keys,
