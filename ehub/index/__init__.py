@@ -1,9 +1,10 @@
-"""The index: a graph, how it is built, measured and kept in files. Knows no Postgres."""
+"""The index: graphs, how they are built, measured and kept in files. Knows no Postgres."""
 
 from ehub.index.build import build_index
 from ehub.index.calibrate import Calibration, calibrate
 from ehub.index.exact import nearest_of_all
 from ehub.index.hnsw import Found, HnswIndex, Members, Plan, Proposed
+from ehub.index.partitioned import PartitionedIndex, build_partitioned
 from ehub.index.store import IndexStore, Manifest
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "IndexStore",
     "Manifest",
     "Members",
+    "PartitionedIndex",
     "Plan",
     "Proposed",
     "build_index",
+    "build_partitioned",
     "calibrate",
     "nearest_of_all",
 ]

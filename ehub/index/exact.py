@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,15 +86,34 @@ def nearest_of_all(
             part = np.arange(start, min(start + _BATCH, len(vectors)))
             yield part, comparable(vectors[part], metric)
 
+    def vectors_of(rows: NDArray[np.int64]) -> Matrix:
+        return comparable(vectors[rows], metric)
+
     queries = comparable(queries, metric)
+    near, far = nearest_in_batches(queries, batches(), vectors_of, k, metric)
+    return near, pgvector_distances(far, metric)
+
+
+def nearest_in_batches(
+    queries: Matrix,
+    batches: Iterable[tuple[NDArray[np.int64], Matrix]],
+    rows: Callable[[NDArray[np.int64]], Matrix],
+    k: int,
+    metric: Metric,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Answer as :func:`nearest_among` from more rows than anybody holds in one array.
+
+    ``batches`` are labels with their rows, and ``rows`` returns those of some labels again. There
+    is at least one query.
+    """
     # As nearest_among: the formula that selects loses digits, so some more are compared with all.
-    selected, _ = brute_force(queries, batches(), min(k + _SPARE, len(vectors)), metric)
+    selected, _ = brute_force(queries, batches, k + _SPARE, metric)
     found = [
-        nearest_among(query[None], rows, comparable(vectors[rows], metric), k, metric)
-        for query, rows in zip(queries, selected, strict=True)
+        nearest_among(query[None], labels, rows(labels), k, metric)
+        for query, labels in zip(queries, selected, strict=True)
     ]
     near, far = (np.vstack(parts) for parts in zip(*found, strict=True))
-    return near, pgvector_distances(far, metric)
+    return near, far
 
 
 def comparable(vectors: Matrix, metric: Metric) -> Matrix:

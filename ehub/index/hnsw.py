@@ -7,6 +7,7 @@ Hierarchical Navigable Small World graphs", 2016, in the implementation of hnswl
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from ehub.index import tail
 from ehub.index.calibrate import Calibration
 from ehub.index.exact import brute_force, comparable, nearest_among, pgvector_distances
+from ehub.index.keys import write_keys
 from ehub.index.lock import ReadWriteLock
 from ehub.index.selection import Selection
 from ehub.types import Matrix, Metric, Vector
@@ -526,9 +528,24 @@ class HnswIndex:
     def save(self, path: Path) -> None:
         """Write the graph to ``path``; nothing may be staged or changed meanwhile.
 
-        hnswlib holds the interpreter while it writes, and says nothing when it fails.
+        hnswlib holds the interpreter while it writes.
+
+        Raises:
+            OSError: it was not written whole, of which hnswlib says nothing.
         """
         self._graph.save_index(str(path))
+        if path.stat().st_size != self.memory:
+            raise OSError(errno.ENOSPC, "the graph was not written whole", str(path))
+
+    def files(self, name: str) -> dict[str, Callable[[Path], None]]:
+        """Return the files that this index is saved as, by name, and what writes each.
+
+        Their names begin with ``name``. What writes them takes no lock.
+        """
+        return {
+            f"{name}.keys": lambda path: write_keys(path, self._keys),
+            f"{name}.hnsw": self.save,
+        }
 
     def labelled_keys(self) -> list[str]:
         """Return the key of each label, "" where it was deleted: what :meth:`load` needs."""

@@ -1,8 +1,8 @@
 """Index files: written whole or not at all, and believed only after a check.
 
-A folder holds one saved index: ``manifest.json`` names the files of the graph and of its keys, with
-their sizes and checksums. Every save writes new files, syncs them, and renames a new manifest over
-the old one; that rename is the moment at which the new index counts.
+A folder holds one saved index: ``manifest.json`` names its files, with their sizes and checksums.
+Every save writes new files, syncs them, and renames a new manifest over the old one; that rename is
+the moment at which the new index counts.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ from typing import IO, Any, cast
 from ehub.errors import IndexFileError
 from ehub.index.calibrate import Calibration
 from ehub.index.hnsw import HnswIndex
+from ehub.index.keys import read_keys
 from ehub.index.lock import PRODUCTS
+from ehub.index.partitioned import PartitionedIndex
 from ehub.types import Metric
 
-_FORMAT = 2
+_FORMAT = 3
+# Of the files that a save writes.
+_SUFFIXES = (".hnsw", ".keys", ".partitions", ".vectors", ".new")
 # Checksums are taken of parts, side by side.
 _PART_BYTES = 1 << 24
 # A save writes some 300 MB/s; a child that takes longer than this is stuck.
@@ -43,7 +47,7 @@ class Manifest:
 
     Attributes:
         name: the part of its file names that belongs to this save.
-        build: the parameters that the graph was built with; others need another graph.
+        build: the parameters that the index was built with; others need another index.
         watermark: the state of the database that it equals, as text.
         nonce: names this save in what was acknowledged to the database.
         rows: its rows.
@@ -120,34 +124,38 @@ class IndexStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise IndexFileError(f"{path} cannot be read: {error}") from error
 
-    def load(self, manifest: Manifest) -> HnswIndex:
+    def load(self, manifest: Manifest) -> HnswIndex | PartitionedIndex:
         """Read the saved index, after checking size and checksum of every file.
+
+        It is a partitioned one if ``partition_by`` is among what it was built with, and not None.
 
         Raises:
             IndexFileError: a file is missing or damaged.
         """
+        name, build = manifest.name, manifest.build
+        keys_file = f"{name}.keys"
         try:
-            keys_file, graph_file = _file_names(manifest.name)
+            others = [file for file in manifest.sizes if file != keys_file]
             with ThreadPoolExecutor(1) as beside:
                 # Summing up lets other threads run; meanwhile the keys are read.
-                whole = beside.submit(self._is_whole, manifest, graph_file)
+                whole = beside.submit(
+                    lambda: all(self._is_whole(manifest, file) for file in others)
+                )
                 known = self._is_whole(manifest, keys_file)
-                text = (self.folder / keys_file).read_bytes().decode() if known else ""
-                # An index without rows has no keys, and splitting yields one that is empty.
-                keys = text.split("\0") if text or manifest.rows else []
+                keys = read_keys(self.folder / keys_file) if known else []
                 if not (known and whole.result()):
                     raise IndexFileError(
                         f"{self.folder} is damaged: a size or checksum does not fit"
                     )
-            build = manifest.build
-            return HnswIndex.load(
-                self.folder / graph_file,
-                int(build["dims"]),
-                cast("Metric", build["metric"]),
-                keys,
-                manifest.calibration,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            dims, metric = int(build["dims"]), cast("Metric", build["metric"])
+            if build.get("partition_by") is not None:
+                M, ef_construction = int(build["m"]), int(build["ef_construction"])
+                return PartitionedIndex.load(
+                    self.folder, name, dims, metric, keys, M, ef_construction
+                )
+            graph = self.folder / f"{name}.hnsw"
+            return HnswIndex.load(graph, dims, metric, keys, manifest.calibration)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise IndexFileError(f"{self.folder} cannot be read: {error}") from error
 
     def _is_whole(self, manifest: Manifest, name: str) -> bool:
@@ -156,14 +164,15 @@ class IndexStore:
         return path.stat().st_size == size and _checksum(path) == checksum
 
     def begin_save(
-        self, index: HnswIndex, build: dict[str, Any], watermark: str
+        self, index: HnswIndex | PartitionedIndex, build: dict[str, Any], watermark: str
     ) -> Callable[[], Manifest]:
         """Take the state of an index, of which nothing may be staged, and return how to finish.
 
-        The state is that of this call: a forked process writes it while searches and changes go
-        on (hnswlib holds the interpreter while it writes). Where there is no fork to rely on, it
-        is written here and now. Call the result to wait for the files, sync them and make them
-        count; it returns the new manifest, and the one before stays until then.
+        The state is that of this call: a forked process, which has the memory as of now and needs
+        no copy of anything, writes it while searches and changes go on (hnswlib holds the
+        interpreter while it writes). Where there is no fork to rely on, it is written here and
+        now. Call the result to wait for the files, sync them and make them count; it returns the
+        new manifest, and the one before stays until then.
 
         Raises:
             IndexFileError: from here or from the result: the disk is full, the folder is gone, or
@@ -172,25 +181,29 @@ class IndexStore:
         if self._lock is None:
             raise IndexFileError(f"{self.folder} is saved to by another process")
         name = uuid.uuid4().hex
-        keys_file, graph_file = _file_names(name)
-        graph_path = self.folder / graph_file
-        keys = list(index.labelled_keys())
-        size, rows, calibration = index.memory, len(index), index.calibration
-        child = _fork(lambda: index.save(graph_path))
+        files = index.files(name)
+        rows, calibration = len(index), index.calibration
+
+        def write() -> None:
+            for file, write_file in files.items():
+                write_file(self.folder / file)
+
+        child = _fork(write)
         if child is None:
-            index.save(graph_path)
+            try:
+                write()
+            except OSError as error:
+                self._sweep()
+                raise IndexFileError(f"{self.folder} cannot be written: {error}") from error
+        paths = [self.folder / file for file in files]
 
         def finish() -> Manifest:
             try:
                 if child is not None:
                     _wait(child)
-                if not graph_path.exists() or graph_path.stat().st_size != size:
-                    raise IndexFileError(
-                        f"{graph_path} could not be written whole; is the disk full?"
-                    )
-                _sync(graph_path)
-                blob = "\0".join(keys).encode()
-                _write_synced(self.folder / keys_file, blob)
+                for path in paths:
+                    _sync(path)
+                _sync(self.folder)
                 manifest = Manifest(
                     name=name,
                     build=build,
@@ -198,8 +211,8 @@ class IndexStore:
                     nonce=str(uuid.uuid4()),
                     rows=rows,
                     calibration=calibration,
-                    sizes={keys_file: len(blob), graph_file: size},
-                    checksums={keys_file: _checksum_of(blob), graph_file: _checksum(graph_path)},
+                    sizes={path.name: path.stat().st_size for path in paths},
+                    checksums={path.name: _checksum(path) for path in paths},
                 )
                 body = {"format": _FORMAT, **dataclasses.asdict(manifest)}
                 outer = {"manifest": body, "checksum": zlib.crc32(_canonical(body))}
@@ -223,12 +236,8 @@ class IndexStore:
             manifest = self.manifest()
             named = set(manifest.sizes) if manifest else set()
             for path in self.folder.iterdir():
-                if path.suffix in (".hnsw", ".keys", ".new") and path.name not in named:
+                if path.suffix in _SUFFIXES and path.name not in named:
                     path.unlink(missing_ok=True)
-
-
-def _file_names(name: str) -> tuple[str, str]:
-    return f"{name}.keys", f"{name}.hnsw"
 
 
 def _canonical(body: dict[str, Any]) -> bytes:
@@ -270,7 +279,7 @@ def _sync(path: Path) -> None:
 def _fork(work: Callable[[], object]) -> int | None:
     """Do some work in a child process, which has the memory as it is now; None if there is none.
 
-    The child touches nothing but the graph and its file, and leaves without cleaning up after a
+    The child touches nothing but the index and its files, and leaves without cleaning up after a
     process that it is not.
     """
     if not sys.platform.startswith("linux"):
@@ -296,7 +305,9 @@ def _wait(child: int) -> None:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             if status:
-                raise IndexFileError(f"the process that saves an index ended with status {status}")
+                raise IndexFileError(
+                    f"the process that saves an index ended with status {status}; is the disk full?"
+                )
             return
         time.sleep(0.02)
     os.kill(child, signal.SIGKILL)
