@@ -20,13 +20,25 @@ import psycopg
 
 from ehub.database import Connection, Database, repeatable_read
 from ehub.errors import EhubError, IndexFileError
-from ehub.index import HnswIndex, IndexStore, build_index, calibrate
+from ehub.index import (
+    AnyIndex,
+    HnswIndex,
+    IndexStore,
+    Members,
+    PartitionedIndex,
+    build_index,
+    build_partitioned,
+    calibrate,
+)
+from ehub.replica.filters import Filters, Selected, is_compared
 from ehub.replica.log import (
+    Batch,
     Behind,
     Entry,
     acknowledged_nonce,
     changed_keys,
     estimated_rows,
+    filter_conditions,
     has_log_since,
     read_rows,
     stream_rows,
@@ -52,6 +64,8 @@ _LARGE_BACKLOG = 5000
 _REBUILD_TOMBSTONES = 0.2
 _RECALIBRATE_CHANGES = 0.2
 _FEW = 1000
+# The graphs of partitions are looked after so often.
+_GRAPHS_SECONDS = 1.0
 
 
 class State(enum.StrEnum):
@@ -97,7 +111,7 @@ class Stamp(NamedTuple):
 class Fresh:
     """An index that a job has made, and the watermark that it equals."""
 
-    index: HnswIndex
+    index: AnyIndex
     watermark: Watermark
     # Whether a file on disk holds just this.
     saved: bool = False
@@ -140,7 +154,10 @@ class Copy:
         self.owner = False
         self.id = uuid.uuid4()
         self.state = State.LOADING
-        self.index: HnswIndex | None = None
+        self.index: AnyIndex | None = None
+        # What searches have asked for, and what a job has read for it.
+        self.filters = Filters()
+        self.selected: Selected | None = None
         self.watermark: Watermark | None = None
         self.fresh: Fresh | None = None
         self.job: str | None = None
@@ -170,6 +187,7 @@ class Copy:
         self.reported_at = 0.0
         self.reported: list[object] = []
         self.unmeasured = 0
+        self._graphs_at = 0.0
 
     @property
     def _lease(self) -> str:
@@ -241,8 +259,11 @@ class Copy:
             self.state = State.COMPARING
             self._submit("compare", self._compare, index)
             return False
+        selected = self._usable_selected(index, fresh)
         try:
             keys = changed_keys(worker, self.entry, watermark, redo)
+            if selected is not None:
+                keys |= changed_keys(worker, self.entry, selected.watermark, set())
         except Behind as why:
             _log.info("%s: %s; building its index anew", self.entry.address, why)
             self.state = State.BUILDING
@@ -256,8 +277,8 @@ class Copy:
                 self.blocked_until = time.monotonic() + 0.5
             return True
         stamp = self._shared.stamp(snapshot)
-        if keys:
-            _apply(index, keys, read_rows(worker, self.entry, keys), stamp)
+        if keys or selected is not None:
+            self._apply(index, keys, worker, selected, stamp)
         index.as_of = stamp
         if fresh is not None:
             self._adopt(fresh)
@@ -266,6 +287,49 @@ class Copy:
         self.watermark = snapshot
         self.brought = cycle
         return bool(keys) or fresh is not None
+
+    def _usable_selected(self, index: AnyIndex, fresh: Fresh | None) -> Selected | None:
+        """Take what a job has read for selections, if it is for this index and connection."""
+        selected, self.selected = self.selected, None
+        if selected is None or fresh is not None or isinstance(index, PartitionedIndex):
+            return None
+        return selected if selected.epoch == self._shared.epoch else None
+
+    def _apply(
+        self,
+        index: AnyIndex,
+        keys: set[str],
+        worker: Connection,
+        selected: Selected | None,
+        stamp: Stamp,
+    ) -> None:
+        """Make an index, and its selections, equal to the table for ``keys``."""
+        if isinstance(index, PartitionedIndex):
+            _apply(index, keys, read_rows(worker, self.entry, keys), stamp)
+            return
+        new = {} if selected is None else selected.rows
+        coming = sum(0 if vectors is None else vectors.size for _, vectors in new.values())
+        conditions = self.filters.keep(index, coming)
+        if selected is not None:
+            conditions |= selected.conditions
+        matching: list[set[str]] = [set() for _ in conditions]
+
+        def rows() -> Iterator[Batch]:
+            for batch in read_rows(worker, self.entry, keys, list(conditions.values())):
+                for column, found in enumerate(matching):
+                    found.update(
+                        batch.keys[row] for row in np.flatnonzero(batch.matches[:, column])
+                    )
+                yield batch
+
+        def members() -> dict[str, Members]:
+            return {
+                text: Members(found, *_without(new[text], keys)) if text in new else Members(found)
+                for text, found in zip(conditions, matching, strict=True)
+            }
+
+        self.filters.conditions = conditions
+        _apply(index, keys, rows(), stamp, members)
 
     def _adopt(self, fresh: Fresh) -> None:
         """Answer from an index that a job has made, from the watermark that was acknowledged."""
@@ -291,15 +355,11 @@ class Copy:
         now = time.monotonic()
         index, watermark = self.index, self.watermark
         if index is not None and watermark is not None and self.serving():
-            rows = max(len(index), _FEW)
-            # Deletions can cut a graph apart; where many rows are alike another would be no better.
-            apart = index.disconnected and index.tombstones > 0
-            if apart or index.tombstones > _REBUILD_TOMBSTONES * rows:
-                self._submit("rebuild", self._build)
-            elif self.unmeasured > _RECALIBRATE_CHANGES * rows:
-                if self._submit("measure", self._measure, index):
-                    self.unmeasured = 0
-            elif self.owner and self.unsaved and self._save_is_due(now):
+            if isinstance(index, PartitionedIndex):
+                self._look_after_graphs(index, now)
+            else:
+                self._look_after_graph(index)
+            if self.owner and self.unsaved and self._save_is_due(now):
                 self._begin_save(index, watermark)
             elif not self.owner and now - self.acknowledged_at > _ACKNOWLEDGE_SECONDS:
                 if self.job is None and watermark != self.acknowledged:
@@ -307,6 +367,27 @@ class Copy:
                     self.unacknowledged = set()
                     self.mixed = False
         self._report(worker, now)
+
+    def _look_after_graph(self, index: HnswIndex) -> None:
+        rows = max(len(index), _FEW)
+        # Deletions can cut a graph apart; where many rows are alike another would be no better.
+        apart = index.disconnected and index.tombstones > 0
+        if apart or index.tombstones > _REBUILD_TOMBSTONES * rows:
+            self._submit("rebuild", self._build)
+        elif self.unmeasured > _RECALIBRATE_CHANGES * rows:
+            if self._submit("measure", self._measure, index):
+                self.unmeasured = 0
+        elif self.selected is None and (due := self.filters.due(index)):
+            self._submit("select", self._select, index, due, self._shared.epoch)
+
+    def _look_after_graphs(self, index: PartitionedIndex, now: float) -> None:
+        if now - self._graphs_at > _GRAPHS_SECONDS:
+            self._graphs_at = now
+            if index.worn:
+                target = self.entry.target_recall
+                self._submit("rebuild", index.compact, target, self._progressed)
+            elif index.uncalibrated:
+                self._submit("measure", self._measure, index)
 
     def _report(self, worker: Connection, now: float) -> None:
         watermark, index = self.watermark or self.acknowledged, self.index
@@ -343,7 +424,7 @@ class Copy:
         many = len(self.unacknowledged) > _MANY_KEYS
         return now - self.saved_at > (_ACKNOWLEDGE_SECONDS if many else _SAVE_SECONDS)
 
-    def _begin_save(self, index: HnswIndex, watermark: Watermark) -> None:
+    def _begin_save(self, index: AnyIndex, watermark: Watermark) -> None:
         if self.job is not None:
             return
         before, self.unacknowledged = self.unacknowledged, set()
@@ -499,28 +580,29 @@ class Copy:
         with Spool(self.store.folder, entry.dims) as spool:
             watermark = self._stream(spool.write)
             self.done, self.total = 0, spool.rows
-            index = build_index(
-                *spool.all(),
-                entry.metric,
-                entry.m,
-                entry.ef_construction,
-                entry.target_recall,
+            keys, vectors, partitions = spool.all()
+            parameters = (
+                *(entry.metric, entry.m, entry.ef_construction, entry.target_recall),
                 self._progressed,
             )
+            index: AnyIndex
+            if entry.partition_by is None:
+                index = build_index(keys, vectors, *parameters)
+            else:
+                index = build_partitioned(keys, vectors, partitions, *parameters)
         self.fresh = Fresh(index, watermark)
 
     def _progressed(self, rows: int) -> None:
         self._check_stopped()
         self.done = rows
 
-    def _compare(self, index: HnswIndex) -> None:
+    def _compare(self, index: AnyIndex) -> None:
         """Make an index equal to the whole table, where it is not known what changed."""
         present: set[str] = set()
 
-        def compare(keys: list[str], vectors: Matrix) -> None:
-            present.update(keys)
-            differs = np.flatnonzero(index.differing(keys, vectors))
-            index.add([keys[row] for row in differs], vectors[differs])
+        def compare(batch: Batch) -> None:
+            present.update(batch.keys)
+            _stage(index, batch)
 
         try:
             watermark = self._stream(compare)
@@ -528,7 +610,7 @@ class Copy:
         except BaseException:
             index.discard()
             raise
-        calibrate(index, self.entry.target_recall)
+        self._measure(index)
         self.index = None
         self.fresh = Fresh(index, watermark)
 
@@ -544,16 +626,16 @@ class Copy:
                 with repeatable_read(connection):
                     snapshot = take_snapshot(connection)
                     keys = changed_keys(connection, entry, state.watermark, state.redo)
-                    for part, vectors in read_rows(connection, entry, keys):
+                    for batch in read_rows(connection, entry, keys):
                         self._check_stopped()
-                        spool.write(part, vectors)
+                        spool.write(batch)
             self.done, self.total = 0, spool.rows
 
-            def batches() -> Iterator[tuple[list[str], Matrix]]:
-                for part, vectors in spool.batches():
+            def batches() -> Iterator[Batch]:
+                for batch in spool.batches():
                     self._check_stopped()
-                    yield part, vectors
-                    self.done += len(part)
+                    yield batch
+                    self.done += len(batch.keys)
 
             _apply(index, keys, batches(), Stamp(incarnation, snapshot))
         with self._shared.changed:
@@ -569,10 +651,35 @@ class Copy:
                 state.redo |= keys
                 index.as_of = None
 
-    def _measure(self, index: HnswIndex) -> None:
-        calibrate(index, self.entry.target_recall)
+    def _measure(self, index: AnyIndex) -> None:
+        if isinstance(index, PartitionedIndex):
+            index.calibrate_graphs(self.entry.target_recall)
+        else:
+            calibrate(index, self.entry.target_recall)
 
-    def _stream(self, receive: Callable[[list[str], Matrix], None]) -> Watermark:
+    def _select(self, index: HnswIndex, due: dict[str, bool], epoch: int) -> None:
+        """Read which rows match some filters, for the index to keep; the next cycle takes it."""
+        rows = {}
+        with contextlib.closing(self._shared.database.connect()) as connection:
+            with repeatable_read(connection):
+                snapshot = take_snapshot(connection)
+                conditions = filter_conditions(connection, list(due))
+                for text, starved in due.items():
+                    keys: list[str] = []
+                    parts = []
+                    for batch in stream_rows(connection, self.entry, conditions[text]):
+                        self._check_stopped()
+                        keys += batch.keys
+                        if starved or is_compared(len(keys), index):
+                            parts.append(batch.vectors)
+                        else:
+                            parts.clear()
+                    whole = sum(map(len, parts)) == len(keys)
+                    nothing = np.empty((0, self.entry.dims), np.float32)
+                    rows[text] = (keys, np.vstack([nothing, *parts]) if whole else None)
+        self.selected = Selected(epoch, snapshot, conditions, rows)
+
+    def _stream(self, receive: Callable[[Batch], None]) -> Watermark:
         """Read the whole table in one snapshot, and take a lease of the log from there on."""
         entry = self.entry
         with contextlib.closing(self._shared.database.connect()) as connection:
@@ -586,10 +693,10 @@ class Copy:
                         self.mixed = self.index is not None
                         if not has_log_since(other, entry, snapshot):
                             continue
-                    for keys, vectors in stream_rows(connection, entry):
+                    for batch in stream_rows(connection, entry):
                         self._check_stopped()
-                        receive(keys, vectors)
-                        self.done += len(keys)
+                        receive(batch)
+                        self.done += len(batch.keys)
                     return snapshot
 
     def _check_stopped(self) -> None:
@@ -598,18 +705,51 @@ class Copy:
 
 
 def _apply(
-    index: HnswIndex, keys: set[str], rows: Iterable[tuple[list[str], Matrix]], stamp: Stamp
+    index: AnyIndex,
+    keys: set[str],
+    rows: Iterable[Batch],
+    stamp: Stamp,
+    members: Callable[[], dict[str, Members]] = dict,
 ) -> None:
-    """Make an index equal to the table for ``keys``, which have these rows, at one moment."""
+    """Make an index equal to the table for ``keys``, which have these rows, at one moment.
+
+    ``members`` says then what becomes of its selections; those that it does not name end.
+    """
     absent = set(keys)
     try:
-        for part, vectors in rows:
-            absent.difference_update(part)
-            # Metadata may have changed and the vector not: that is nothing to an index.
-            differs = np.flatnonzero(index.differing(part, vectors))
-            if len(differs):
-                index.add([part[row] for row in differs], vectors[differs])
-        index.publish(absent, stamp)
+        for batch in rows:
+            absent.difference_update(batch.keys)
+            _stage(index, batch)
+        if isinstance(index, PartitionedIndex):
+            index.publish(absent, stamp)
+        else:
+            index.publish(absent, stamp, keys, members())
     except BaseException:
         index.discard()
         raise
+
+
+def _stage(index: AnyIndex, batch: Batch) -> None:
+    """Stage the rows that an index does not have like this."""
+    # Metadata may have changed and the vector not: that is nothing to a graph.
+    keys, vectors, partitions, _ = batch
+    if isinstance(index, PartitionedIndex):
+        differs = np.flatnonzero(index.differing(keys, vectors, partitions))
+        if len(differs):
+            names = [partitions[row] for row in differs]
+            index.add([keys[row] for row in differs], vectors[differs], names)
+    else:
+        differs = np.flatnonzero(index.differing(keys, vectors))
+        if len(differs):
+            index.add([keys[row] for row in differs], vectors[differs])
+
+
+def _without(
+    rows: tuple[list[str], Matrix | None], gone: set[str]
+) -> tuple[list[str], Matrix | None]:
+    """Return rows without some keys."""
+    keys, vectors = rows
+    if not gone:
+        return rows
+    kept = [row for row, key in enumerate(keys) if key not in gone]
+    return [keys[row] for row in kept], None if vectors is None else vectors[kept]

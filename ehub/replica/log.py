@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from psycopg import sql
 
-from ehub.binary import decode_rows, decode_vector
+from ehub.binary import decode_rows, decode_rows_with_notes, decode_vector
 from ehub.database import Connection
 from ehub.types import Matrix, Metric
 from ehub.watermark import Watermark
@@ -37,18 +38,13 @@ class Entry(NamedTuple):
     current: bool
     name: str | None
     partition_by: str | None
-    condition: str
+    # As the database itself has written it.
+    condition: Any
 
     @property
     def whole(self) -> bool:
         """Whether it is over all rows."""
-        return self.condition == "true"
-
-    @property
-    def limits(self) -> sql.Composable:
-        """The condition for a row to be in the index."""
-        # As the database itself has written it.
-        return sql.SQL(self.condition)
+        return bool(self.condition == "true")
 
     @property
     def address(self) -> str:
@@ -60,6 +56,13 @@ class Entry(NamedTuple):
         """The data table."""
         return sql.Identifier("ehub_data", f"v{self.version_id}")
 
+    @property
+    def partition(self) -> sql.Composable:
+        """What partition a row is in, as an expression; NULL where there are none."""
+        if self.partition_by is None:
+            return sql.SQL("NULL::text")
+        return sql.SQL("metadata ->> {}").format(sql.Literal(self.partition_by))
+
     def build_parameters(self) -> dict[str, Any]:
         """Return what a graph depends on; a saved one with others is of no use."""
         return {
@@ -67,7 +70,23 @@ class Entry(NamedTuple):
             "metric": self.metric,
             "m": self.m,
             "ef_construction": self.ef_construction,
+            "partition_by": self.partition_by,
         }
+
+
+class Batch(NamedTuple):
+    """Some rows.
+
+    Attributes:
+        keys: their keys, and ``vectors`` float32 of shape ``(n, dims)``.
+        partitions: where each belongs; "" where there are no partitions.
+        matches: which conditions hold for which row, of shape ``(n, conditions)``.
+    """
+
+    keys: list[str]
+    vectors: Matrix
+    partitions: list[str]
+    matches: NDArray[np.bool_]
 
 
 class Behind(Exception):  # noqa: N818 - control flow, not an error
@@ -133,26 +152,62 @@ def changed_keys(
 
 
 def read_rows(
-    connection: Connection, entry: Entry, keys: set[str]
-) -> Iterator[tuple[list[str], Matrix]]:
-    """Read the current rows of some keys, as the transaction sees them."""
-    query = sql.SQL("SELECT key, embedding FROM {} WHERE key = ANY(%s) AND {}").format(
-        entry.relation, entry.limits
+    connection: Connection, entry: Entry, keys: set[str], conditions: Sequence[str] = ()
+) -> Iterator[Batch]:
+    """Read the rows of some keys, and whether conditions hold for them, in the transaction."""
+    held = sql.SQL(", ").join([sql.SQL(_escaped(one)) for one in conditions])
+    query = sql.SQL(
+        "SELECT key, embedding, {}, ARRAY[{}]::bool[] FROM {} WHERE key = ANY(%s) AND ({})"
+    )
+    statement = query.format(
+        entry.partition, held, entry.relation, sql.SQL(_escaped(entry.condition))
     )
     wanted = list(keys)
     for start in range(0, len(wanted), _READ_KEYS):
         part = wanted[start : start + _READ_KEYS]
-        rows = connection.execute(query, [part], binary=True).fetchall()
+        rows = connection.execute(statement, [part], binary=True).fetchall()
         if rows:
-            vectors = np.stack([decode_vector(data) for _, data in rows])
-            yield [key for key, _ in rows], vectors
+            yield Batch(
+                [row[0] for row in rows],
+                np.stack([decode_vector(row[1]) for row in rows]),
+                [row[2] or "" for row in rows],
+                np.array([row[3] for row in rows], np.bool_).reshape(len(rows), len(conditions)),
+            )
 
 
-def stream_rows(connection: Connection, entry: Entry) -> Iterator[tuple[list[str], Matrix]]:
-    """Read all rows of the index, in batches, as the transaction sees them."""
-    query = sql.SQL("COPY (SELECT embedding, key FROM {} WHERE {}) TO STDOUT (FORMAT binary)")
-    with connection.cursor().copy(query.format(entry.relation, entry.limits)) as stream:
-        yield from decode_rows(stream, entry.dims)
+def stream_rows(connection: Connection, entry: Entry, condition: Any = "true") -> Iterator[Batch]:
+    """Read all rows of the index, or those that match, as the transaction sees them."""
+    query = sql.SQL(
+        "COPY (SELECT embedding, key{} FROM {} WHERE ({}) AND ({})) TO STDOUT (FORMAT binary)"
+    )
+    partition = sql.SQL(", {}").format(entry.partition)
+    statement = query.format(
+        sql.SQL("") if entry.partition_by is None else partition,
+        entry.relation,
+        sql.SQL(entry.condition),
+        sql.SQL(condition),
+    )
+    with connection.cursor().copy(statement) as stream:
+        if entry.partition_by is None:
+            for keys, vectors in decode_rows(stream, entry.dims):
+                yield Batch(keys, vectors, [""] * len(keys), np.empty((len(keys), 0), np.bool_))
+        else:
+            for keys, vectors, names in decode_rows_with_notes(stream, entry.dims):
+                nothing = np.empty((len(keys), 0), np.bool_)
+                yield Batch(keys, vectors, [name or "" for name in names], nothing)
+
+
+def filter_conditions(connection: Connection, filters: Sequence[str]) -> dict[str, str]:
+    """Return what filters are in SQL, as the database translates them."""
+    rows = connection.execute(
+        "SELECT f, ehub.filter_condition(f::jsonb) FROM unnest(%s::text[]) AS f", [list(filters)]
+    )
+    return dict(rows.fetchall())
+
+
+def _escaped(condition: str) -> Any:
+    """Return a condition as it stands in a statement that has parameters."""
+    return condition.replace("%", "%%")
 
 
 def estimated_rows(connection: Connection, entry: Entry) -> int:

@@ -26,7 +26,7 @@ from psycopg import errors as pg
 
 from ehub.database import Connection, Database, is_lost
 from ehub.errors import EhubError, UnavailableError, WaitTimeoutError
-from ehub.index import HnswIndex
+from ehub.index import AnyIndex
 from ehub.listener import Listener
 from ehub.replica.copy import Copy, Progress, Shared, State
 from ehub.replica.log import Entry, read_catalogue, take_snapshot
@@ -51,7 +51,7 @@ _LEAVE_SECONDS = 30.0
 class Answering:
     """An index that may answer, and the version whose rows it holds."""
 
-    index: HnswIndex
+    index: AnyIndex
     entry: Entry
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ehub.replica.log import Batch
 from ehub.types import Matrix
 
 _BATCH = 4096
@@ -21,32 +22,38 @@ class Spool:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
         self._dims = dims
         self._keys: list[str] = []
+        self._partitions: list[str] = []
+        # One text for each partition, however many rows it has.
+        self._names: dict[str, str] = {}
 
     @property
     def rows(self) -> int:
         """Count the rows."""
         return len(self._keys)
 
-    def write(self, keys: list[str], vectors: Matrix) -> None:
-        """Add rows; ``vectors`` is float32 of shape ``(len(keys), dims)``."""
-        self._keys += keys
-        self._file.write(vectors.tobytes())
+    def write(self, batch: Batch) -> None:
+        """Add rows; which conditions hold for them is not kept."""
+        self._keys += batch.keys
+        self._partitions += [self._names.setdefault(name, name) for name in batch.partitions]
+        self._file.write(batch.vectors.tobytes())
 
-    def all(self) -> tuple[list[str], Matrix]:
-        """Return all rows; the vectors stay in the file, which is mapped to memory."""
+    def all(self) -> tuple[list[str], Matrix, list[str]]:
+        """Return keys, vectors and partitions; the vectors stay in the file, mapped to memory."""
         if not self._keys:
-            return [], np.empty((0, self._dims), np.float32)
+            return [], np.empty((0, self._dims), np.float32), []
         self._file.flush()
         shape = (len(self._keys), self._dims)
-        return self._keys, np.memmap(self._file, np.float32, "r", shape=shape)
+        return self._keys, np.memmap(self._file, np.float32, "r", shape=shape), self._partitions
 
-    def batches(self) -> Iterator[tuple[list[str], Matrix]]:
+    def batches(self) -> Iterator[Batch]:
         """Read the rows in the order in which they came."""
         self._file.seek(0)
         for start in range(0, len(self._keys), _BATCH):
-            keys = self._keys[start : start + _BATCH]
+            part = slice(start, start + _BATCH)
+            keys = self._keys[part]
             data = self._file.read(len(keys) * self._dims * 4)
-            yield keys, np.frombuffer(data, np.float32).reshape(len(keys), self._dims)
+            vectors = np.frombuffer(data, np.float32).reshape(len(keys), self._dims)
+            yield Batch(keys, vectors, self._partitions[part], np.empty((len(keys), 0), np.bool_))
 
     def __enter__(self) -> Spool:
         return self

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
+from ehub.index import PartitionedIndex, Proposed
 from ehub.replica import Copy, Replica, Stamp
 from ehub.service.metrics import Metrics
 from ehub.service.pgwire import Answer, Column, StatementError, array
 from ehub.types import Matrix
 
-_INT4, _INT8, _SNAPSHOT, _INT4_ARRAY, _TEXT_ARRAY = 23, 20, 5038, 1007, 1009
+_INT4, _INT8, _SNAPSHOT, _INT4_ARRAY, _TEXT_ARRAY, _BOOL = 23, 20, 5038, 1007, 1009, 16
 
 _COLUMNS = (
     Column("nonce"),
@@ -21,6 +23,8 @@ _COLUMNS = (
     Column("watermark", _SNAPSHOT),
     Column("counts", _INT4_ARRAY),
     Column("keys", _TEXT_ARRAY),
+    Column("plan"),
+    Column("matching", _BOOL),
 )
 _STATUS_COLUMNS = (
     Column("space"),
@@ -30,13 +34,18 @@ _STATUS_COLUMNS = (
     Column("watermark", _SNAPSHOT),
     Column("last_error"),
 )
-_FIELDS = 8
+_FIELDS = 10
 # No answer is longer than this many keys; Postgres goes exact then.
 _MOST = 10_000_000
+# Where it is not known what matches: so many near rows for each that is wanted, and some at least.
+_NEAR, _LEAST_NEAR = 20, 200
 
 
 class _Question(NamedTuple):
-    """``CANDIDATES nonce incarnation index n k ef queries``, as ``ehub.candidates`` writes it."""
+    """``CANDIDATES nonce incarnation index n k ef filter partition queries``.
+
+    As ``ehub.candidates`` writes it: what may be missing is ``-``, or ``x`` and hexadecimal digits.
+    """
 
     nonce: str
     incarnation: str
@@ -44,6 +53,8 @@ class _Question(NamedTuple):
     n: int
     k: int
     ef: int
+    filter: str | None
+    partition: str | None
     queries: str
 
     @classmethod
@@ -54,9 +65,14 @@ class _Question(NamedTuple):
                 "42601",
                 f"CANDIDATES has {_FIELDS - 1} fields, like those that ehub.candidates sends",
             )
-        _, nonce, incarnation, index_id, n, k, ef, queries = fields
+        _, nonce, incarnation, index_id, n, k, ef, wanted, partition, queries = fields
         try:
-            asked = cls(nonce, incarnation, int(index_id), int(n), int(k), int(ef), queries)
+            asked = cls(
+                *(nonce, incarnation, int(index_id), int(n), int(k), int(ef)),
+                _optional(wanted),
+                _optional(partition),
+                queries,
+            )
         except ValueError as error:
             raise StatementError("42601", f"CANDIDATES: {error}") from None
         if asked.n < 1 or asked.k < 1 or asked.ef < 0:
@@ -73,6 +89,34 @@ class _Question(NamedTuple):
                 "22P02", f"CANDIDATES: {self.n} vectors of {dims} dims are needed"
             ) from None
         return np.ascontiguousarray(rows).view(">f4").astype(np.float32)
+
+
+def _optional(field: str) -> str | None:
+    return None if field == "-" else bytes.fromhex(field.removeprefix("x")).decode()
+
+
+def _near(asked: _Question) -> int:
+    """Return how many rows are asked of an index that does not know which match."""
+    if asked.filter is None or asked.k >= _LEAST_NEAR:
+        return asked.k
+    return max(_NEAR * asked.k, _LEAST_NEAR)
+
+
+def _is_all(found: Proposed, asked: int) -> bool:
+    """Whether no row is left that was not found."""
+    return all(len(keys) < asked for keys in found.keys)
+
+
+def _describe(found: Proposed, matching: bool) -> str:
+    """Write how it was found, for ``ehub.explain_nearest``."""
+    by, rows, compared, asked = found.plan
+    note = f"asks the graph for {asked}" if by == "graph" else "compares all that match"
+    if not matching:
+        by, note = "near", "looks among the nearest for rows that match"
+    plan = {"by": by, "rows": rows, "compared": compared, "note": note}
+    if not matching:
+        del plan["rows"]
+    return json.dumps(plan)
 
 
 class Answers:
@@ -101,28 +145,55 @@ class Answers:
 
     def _candidates(self, asked: _Question) -> Answer:
         started = time.perf_counter()
-        reason, watermark, counts, keys = self._propose(asked)
-        self._metrics.answered(asked.n, time.perf_counter() - started, reason)
-        return Answer(_COLUMNS, [[asked.nonce, reason, watermark, counts, keys]])
-
-    def _propose(self, asked: _Question) -> tuple[str | None, str | None, str | None, str | None]:
-        copy = self._copy(asked.index_id)
-        if copy is None:
-            return "the service has no such index yet", None, None, None
-        index = copy.index
-        if index is None or index.as_of is None:
-            return f"it is {copy.state}", None, None, None
-        if asked.n * asked.k > _MOST and asked.n * len(index) > _MOST:
-            return f"more than {_MOST} keys are asked for", None, None, None
-        found = index.propose(asked.matrix(index.dims), asked.k, asked.ef)
-        if found is None:
-            return "parts of its graph cannot be reached; it is built anew", None, None, None
+        found, matching = self._propose(asked)
+        if isinstance(found, str):
+            self._metrics.answered(asked.n, time.perf_counter() - started, found)
+            return Answer(_COLUMNS, [[asked.nonce, found, *[None] * 5]])
+        self._metrics.answered(asked.n, time.perf_counter() - started, None)
         stamp = found.as_of
-        if not isinstance(stamp, Stamp) or stamp.incarnation != asked.incarnation:
-            return "it follows another life of this database", None, None, None
+        assert isinstance(stamp, Stamp)  # noqa: S101 - else it was refused
         counts = "{" + ",".join([str(len(keys)) for keys in found.keys]) + "}"
         flat = found.keys[0] if asked.n == 1 else [key for keys in found.keys for key in keys]
-        return None, str(stamp.watermark), counts, array(flat)
+        plan = _describe(found, matching)
+        row = [asked.nonce, None, str(stamp.watermark), counts, array(flat), plan]
+        return Answer(_COLUMNS, [[*row, "t" if matching else "f"]])
+
+    def _propose(self, asked: _Question) -> tuple[Proposed | str, bool]:
+        """Return what the index proposes, and whether nothing else can match; or why not."""
+        copy = self._copy(asked.index_id)
+        if copy is None:
+            return "the service has no such index yet", False
+        index = copy.index
+        if index is None or index.as_of is None:
+            return f"it is {copy.state}", False
+        if asked.n * asked.k > _MOST and asked.n * len(index) > _MOST:
+            return f"more than {_MOST} keys are asked for", False
+        queries = asked.matrix(index.dims)
+        found = None
+        matching = True
+        if isinstance(index, PartitionedIndex):
+            near = _near(asked)
+            found = index.propose(queries, near, asked.ef, asked.partition)
+            # All that there are, or those that are near.
+            matching = asked.filter is None or (found is not None and _is_all(found, near))
+        elif asked.partition is not None:
+            return "it is not kept by partitions", False
+        elif asked.filter is None:
+            found = index.propose(queries, asked.k, asked.ef)
+        else:
+            copy.filters.ask(asked.filter)
+            if asked.filter in index.selections():
+                found = index.propose(queries, asked.k, asked.ef, asked.filter)
+            if found is None:
+                near = _near(asked)
+                found = index.propose(queries, near, asked.ef)
+                matching = found is not None and _is_all(found, near)
+        if found is None:
+            return "parts of its graph cannot be reached; it is built anew", False
+        stamp = found.as_of
+        if not isinstance(stamp, Stamp) or stamp.incarnation != asked.incarnation:
+            return "it follows another life of this database", False
+        return found, matching
 
     def _copy(self, index_id: int) -> Copy | None:
         for copy in self._replica.followed():

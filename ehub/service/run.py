@@ -101,9 +101,7 @@ class Service:
     def ready(self) -> bool:
         """Whether the database is followed and the index of every current version answers."""
         current = [
-            copy
-            for copy in self._replica.followed()
-            if copy.entry.current and copy.entry.rows is None
+            copy for copy in self._replica.followed() if copy.entry.current and copy.entry.whole
         ]
         return self._replica.connected and all(copy.serving() for copy in current)
 

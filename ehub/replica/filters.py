@@ -1,0 +1,99 @@
+"""The filters that searches of one index have had, and which of them are worth a selection.
+
+A selection takes a look at the whole table, and memory; a filter that comes once is not worth it.
+One that comes again within some minutes is, until it has not come for long or others are preferred.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import NamedTuple
+
+from ehub.index import HnswIndex
+from ehub.types import Matrix
+from ehub.watermark import Watermark
+
+_AGAIN_SECONDS = 600.0
+_IDLE_SECONDS = 3600.0
+_MOST = 64
+# Filters that were seen are remembered, a few times as many as are selected.
+_REMEMBERED = 1000
+# So large a share of all rows is found by the graph, and need not be compared.
+_COMPARED_SHARE = 0.3
+# The vectors of all selections are no more than those of the graph; of a small one, a few at least.
+_LEAST_FLOATS = 10_000_000
+
+
+class Selected(NamedTuple):
+    """What a job has read for selections, as of one snapshot.
+
+    Attributes:
+        epoch: the connection to the database that it was read for.
+        conditions: by filter, what it is in SQL.
+        rows: by filter, the keys that match, and their vectors where they will be compared.
+    """
+
+    epoch: int
+    watermark: Watermark
+    conditions: dict[str, str]
+    rows: dict[str, tuple[list[str], Matrix | None]]
+
+
+class Filters:
+    """Remembers filters, by their text. Any thread may call :meth:`ask`, the owner the rest."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        # When each was asked last, the latest at the end; and those that were asked again.
+        self._asked: dict[str, float] = {}
+        self._again: set[str] = set()
+        self.conditions: dict[str, str] = {}
+        """Those that the index has a selection for, and what they are in SQL."""
+
+    def ask(self, text: str) -> None:
+        """Remember that a search has this filter."""
+        now = time.monotonic()
+        with self._mutex:
+            before = self._asked.pop(text, None)
+            self._asked[text] = now
+            if before is not None and now - before < _AGAIN_SECONDS:
+                self._again.add(text)
+            if len(self._asked) > _REMEMBERED:
+                oldest = next(iter(self._asked))
+                del self._asked[oldest]
+                self._again.discard(oldest)
+
+    def due(self, index: HnswIndex) -> dict[str, bool]:
+        """Return the filters to select now, and whether their vectors are needed at any rate."""
+        with self._mutex:
+            again = list(self._again)
+        present = index.selections()
+        wanted = {text: False for text in again if text not in present}
+        for text, selection in present.items():
+            if selection.starved and not selection.comparable:
+                wanted[text] = True
+        return wanted
+
+    def keep(self, index: HnswIndex, coming: int = 0) -> dict[str, str]:
+        """Return the conditions of the selections to go on with, where ``coming`` floats come."""
+        now = time.monotonic()
+        present = index.selections()
+        room = max(len(index) * index.dims, _LEAST_FLOATS) - coming
+        kept: dict[str, str] = {}
+        with self._mutex:
+            for text in reversed(self._asked):
+                if text not in present or text not in self.conditions:
+                    continue
+                room -= present[text].floats
+                if len(kept) < _MOST and room >= 0 and now - self._asked[text] < _IDLE_SECONDS:
+                    kept[text] = self.conditions[text]
+                else:
+                    # It has to come twice again.
+                    self._again.discard(text)
+        return kept
+
+
+def is_compared(rows: int, index: HnswIndex) -> bool:
+    """Whether a selection of so many rows is worth their vectors."""
+    return rows <= _COMPARED_SHARE * max(len(index), _LEAST_FLOATS // index.dims)
