@@ -175,7 +175,9 @@ CREATE OR REPLACE FUNCTION ehub.delete_space(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM ehub.require_admin(caller, split_part($1, '@', 1));
+    PERFORM ehub.hold_average($1);
     PERFORM FROM ehub.space AS s WHERE s.name = $1 FOR UPDATE;
+    PERFORM ehub.require_no_followers($1);
     IF strpos($1, '@') > 0 THEN
         RAISE EXCEPTION '% is a version, not a space', quote_literal($1) USING ERRCODE = 'EH003',
             HINT = 'ehub.drop_version drops a version';
@@ -194,6 +196,7 @@ CREATE OR REPLACE FUNCTION ehub.remove_version(space text, version text, version
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    PERFORM ehub.unfollow(version_id);
     EXECUTE format('DROP VIEW spaces.%I', space || '@' || version);
     EXECUTE format('DROP TABLE ehub_data.%I', 'v' || version_id);
     EXECUTE format('DROP TABLE IF EXISTS ehub_data.%I', 'h' || version_id);

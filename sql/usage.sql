@@ -6,11 +6,12 @@ CREATE OR REPLACE FUNCTION ehub.for_everybody() RETURNS name[]
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT ARRAY[
         -- Rows, under the caller's own rights.
-        'address', 'choice', 'condition', 'count_rows', 'delete', 'diff', 'diff_keys',
+        'address', 'average', 'average_steps', 'average_value', 'average_weight', 'averages',
+        'averages_query', 'choice', 'condition', 'count_rows', 'delete', 'diff', 'diff_keys',
         'distance_operator', 'field_path', 'filter_condition', 'filter_of_field', 'filter_path',
         'filter_text', 'get', 'index_missing', 'merge_staged', 'nearest', 'nearest_at',
         'nearest_exact', 'nearest_exact_to', 'nearest_many', 'nearest_of_batch', 'nearest_to',
-        'overlap', 'overlap_of_queries', 'refuse_filter', 'refuse_key', 'refuse_row', 'refuse_space', 'relation_at',
+        'overlap', 'overlap_of_queries', 'refuse_average', 'refuse_filter', 'refuse_key', 'refuse_row', 'refuse_space', 'relation_at',
         'relation_of_diff', 'require_checkpoint', 'require_exact_is_allowed', 'require_query',
         'require_read_committed', 'require_scalar', 'require_space', 'require_usable', 'rows_at', 'set', 'shared',
         'stage', 'stop_writers', 'whole_setting', 'write_staged',
@@ -21,7 +22,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'acknowledge', 'acknowledged', 'forget_replica', 'recognise', 'release_log', 'report',
         'trim', 'trimmed_below',
         -- With the owner's rights, for the admins of a space.
-        'checkpoint', 'create_version', 'delete_space', 'drop_checkpoint', 'drop_version', 'freeze',
+        'checkpoint', 'create_average', 'create_version', 'delete_space', 'drop_checkpoint', 'drop_version', 'freeze',
         'grant', 'keep_warm', 'promote', 'restore', 'revoke', 'rollback',
         -- For the owner and its members.
         'grant_create', 'grant_default', 'revoke_create', 'revoke_default',
@@ -34,7 +35,7 @@ $$;
 CREATE OR REPLACE FUNCTION ehub.shown_to_everybody() RETURNS name[]
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT ARRAY[
-        'audit_trail', 'catalogue', 'checkpoints', 'grants', 'indexes', 'migration',
+        'audit_trail', 'catalogue', 'checkpoints', 'grants', 'indexes', 'kept_averages', 'migration',
         'promotions', 'setting', 'status', 'versions', 'whoami'
     ]::name[]
 $$;
