@@ -87,7 +87,8 @@ class Hub:
         as text: the average of the rows with it, weighted by field ``weight`` if one is given, with
         metadata ``{"rows": …}`` and ``{"weight": …}``, the sum of the weights. Whoever writes to
         the source changes it in the same transaction; nobody writes to it. It has the versions that
-        the source has, and each follows its like. What takes no part: see :meth:`ehub.Space.averages`.
+        the source has, and each follows its like. :meth:`ehub.Space.averages` says what takes no
+        part.
 
         The metric is by default that of the source; the rest is as for :meth:`create_space`. Needs
         the right to make spaces and to manage the source. Those who write to the source wait while

@@ -146,7 +146,7 @@ DECLARE
     relation text := format('ehub_data.%I', 'v' || target.version_id);
     missing text[];
     wrong record;
-    found record;
+    result record;
 BEGIN
     IF keys IS NOT NULL AND filter IS NOT NULL THEN
         RAISE EXCEPTION 'space %: give either keys or a filter, and not both', quote_literal(space)
@@ -159,8 +159,8 @@ BEGIN
         EXECUTE format(
             'SELECT @vector@.avg(embedding) AS embedding FROM %s WHERE %s', relation,
             CASE WHEN filter IS NULL THEN 'true' ELSE 'metadata @@ $1' END
-        ) INTO found USING ehub.filter_path(filter);
-        RETURN found.embedding;
+        ) INTO result USING ehub.filter_path(filter);
+        RETURN result.embedding;
     ELSIF cardinality(keys) = 0 THEN
         RAISE EXCEPTION 'space %: an empty batch: no keys were given', quote_literal(space)
             USING ERRCODE = 'EH005';
@@ -196,15 +196,15 @@ BEGIN
             relation
         ),
         weights IS NOT NULL
-    ) INTO found USING keys, weights;
-    IF found.rows IS NULL THEN
+    ) INTO result USING keys, weights;
+    IF result.rows IS NULL THEN
         RAISE EXCEPTION 'space %: the weights sum to zero', quote_literal(space)
             USING ERRCODE = 'EH005';
-    ELSIF found.embedding IS NULL THEN
+    ELSIF result.embedding IS NULL THEN
         RAISE EXCEPTION 'space %: the weights sum to nearly zero: the average is too large',
             quote_literal(space) USING ERRCODE = 'EH005';
     END IF;
-    RETURN found.embedding;
+    RETURN result.embedding;
 END $$;
 
 -- The average of the rows with each value of a field of metadata, weighted by another field if need
