@@ -585,7 +585,7 @@ def furnish(boss, names):
 
 
 def clear(boss):
-    for gone in ("mine", "another"):
+    for gone in ("another", "mine"):
         with contextlib.suppress(ehub.SpaceNotFoundError):
             boss.delete_space(gone)
     for undo in (boss.revoke_create, boss.revoke_default):

@@ -1,5 +1,6 @@
 """Averages: computed, and kept in spaces that follow their source."""
 
+import json
 import threading
 
 import numpy as np
@@ -7,8 +8,10 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+from typer.testing import CliRunner
 
 import ehub
+from ehub import cli
 
 ROWS = [
     ("a", [1, 0, 2], {"user": "u1", "score": 2, "deep": {"lang": "en"}}),
@@ -602,3 +605,25 @@ def test_upgrade_makes_the_functions_anew(hub, space, url, db, tmp_path):
         assert migrate(database)
     space.set("a", [4, 5, 6])
     follows(hub, "taste")
+
+
+def test_commands(hub, space, url):
+    def run(*words):
+        return CliRunner().invoke(cli.app, [*words, "--database", url])
+
+    assert json.loads(run("average", "items", "a", "b").output) == [0.5, 0.5, 1.5]
+    assert json.loads(run("average", "items", "--filter", '{"user": 7}').output) == [3, 1, 0]
+    assert json.loads(run("average", "items", "--filter", '{"user": 8}').output) is None
+    found = json.loads(
+        run("averages", "items", "--by", "user", "--weight", "score", "--json").output
+    )
+    assert found[1] == {"user": 7, "average": [3, 1, 0]}
+    assert '"u1"' in run("averages", "items@v1", "--by", "user").output
+    made = run("create-average", "taste", "--source", "items", "--by", "user")
+    assert "3 averages of items by user" in made.output
+    follows(hub, "taste")
+    for words in (
+        ["average", "items", "a", "--filter", "{}"],
+        ["average", "items", "--filter", "{"],
+    ):
+        assert isinstance(run(*words).exception, ehub.InvalidValueError)
