@@ -10,6 +10,7 @@
 """
 
 from ehub.access import AuditEntry, Finding, Grant, Privilege, Right, Role
+from ehub.average import FieldValue, KeptAverage
 from ehub.checkpoint import Checkpoint, CheckpointInfo
 from ehub.collection import Restored
 from ehub.diff import Diff, Drift, Moved
@@ -74,6 +75,7 @@ __all__ = [
     "Drift",
     "EhubError",
     "ExistsError",
+    "FieldValue",
     "Finding",
     "FrozenError",
     "Grant",
@@ -90,6 +92,7 @@ __all__ = [
     "InvalidNameError",
     "InvalidValueError",
     "InvalidVectorError",
+    "KeptAverage",
     "KeyNotFoundError",
     "Metric",
     "Moved",

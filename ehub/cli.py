@@ -26,7 +26,7 @@ from pythonjsonlogger.json import JsonFormatter
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import ehub
-from ehub import config, demo, manage, rights
+from ehub import config, demo, group, manage, rights
 from ehub.database import Database
 from ehub.files import FORMATS, EmbeddingFile, Record
 from ehub.hub import open_database
@@ -46,6 +46,7 @@ app = typer.Typer(
 )
 app.add_typer(manage.app)
 app.add_typer(rights.app)
+app.add_typer(group.app)
 _INTERRUPTED = 130
 _PORT, _PAGES_PORT = 6433, 9433
 _JSON_FIELDS = {"asctime": "time", "levelname": "level", "name": "logger"}

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from psycopg import sql
 
-from ehub import values
+from ehub import average, values
+from ehub.average import FieldValue
 from ehub.binary import VectorParameter, VectorsParameter
 from ehub.checkpoint import Checkpoint, CheckpointInfo
 from ehub.database import Connection, Database, copy_rows
@@ -326,6 +327,59 @@ class Collection(Rows):
             self._replica.wait_until_ready(self._address, timeout, watch)
         else:
             raise ConfigurationError("this hub was connected with index='none'; there is no index")
+
+    # --- averages
+
+    @overload
+    def average(
+        self,
+        keys: Iterable[str],
+        weights: Iterable[float] | None = None,
+    ) -> Vector: ...
+    @overload
+    def average(self, *, filter: Metadata | None = None) -> Vector | None: ...
+    def average(
+        self,
+        keys: Iterable[str] | None = None,
+        weights: Iterable[float] | None = None,
+        *,
+        filter: Metadata | None = None,  # noqa: A002 - the word for it
+    ) -> Vector | None:
+        """Return the average of the vectors of ``keys``, float32 of shape ``(dims,)``.
+
+        A key that comes twice counts twice; ``weights`` are one for each key. Without keys: of the
+        rows that match ``filter``, or of all; None where there are none. Each number is off by less
+        than 1e-7 of itself, with weights of both signs by that of the average of the sizes.
+
+        Raises:
+            KeyNotFoundError: one of the keys is not there; it is named.
+            InvalidValueError: no keys, both keys and a filter, not a weight for each key, a weight
+                that is no finite number from 1e-100 to 1e100 in size or 0, or weights that sum to
+                zero.
+            InvalidFilterError: the filter.
+        """
+        return average.average(self._database, self._address, keys, weights, filter)
+
+    def averages(
+        self,
+        by: str,
+        weight: str | None = None,
+        *,
+        filter: Metadata | None = None,  # noqa: A002 - the word for it
+    ) -> dict[FieldValue, Vector]:
+        """Return the average of the rows with each value of field ``by``: float32, ``(dims,)``.
+
+        Weighted by the numbers in field ``weight`` if one is given. ``a.b`` is field ``b`` of the
+        object in ``a``, as in filters. Rows whose value is no string, number, true or false do not
+        take part, nor those whose weight is no number; a value whose weights sum to zero has no
+        average. :meth:`ehub.Hub.create_average` keeps averages in a space.
+
+        Raises:
+            InvalidValueError: a name of a field, or two values that are one key of a dict, as 1
+                and True.
+            InvalidFilterError: the filter.
+        """
+        return average.averages(self._database, self._address, by, weight, filter)
 
     # --- checkpoints, snapshots
 

@@ -6,8 +6,9 @@ import os
 from types import TracebackType
 from typing import Any, Literal, SupportsIndex, overload
 
-from ehub import access, config, resources, values
+from ehub import access, average, config, resources, values
 from ehub.access import AuditEntry, Finding, Grant, Privilege, Right, Role
+from ehub.average import KeptAverage
 from ehub.database import SCHEMA_REVISION, Database
 from ehub.errors import ConfigurationError, SchemaError
 from ehub.replica import Replica
@@ -68,6 +69,57 @@ class Hub:
             )
         return self.get_space(name)
 
+    def create_average(
+        self,
+        name: str,
+        source: str,
+        by: str,
+        weight: str | None = None,
+        *,
+        metric: Metric | None = None,
+        M: int = 16,
+        ef_construction: int = 200,
+        target_recall: float = 0.95,
+    ) -> Space:
+        """Make a space of averages, which follows the rows of space ``source``.
+
+        For each value of field ``by`` in the metadata of the source it has a row under that value
+        as text: the average of the rows with it, weighted by field ``weight`` if one is given, with
+        metadata ``{"rows": …}`` and ``{"weight": …}``, the sum of the weights. Whoever writes to
+        the source changes it in the same transaction; nobody writes to it. It has the versions that
+        the source has, and each follows its like. :meth:`ehub.Space.averages` says what takes no
+        part.
+
+        The metric is by default that of the source; the rest is as for :meth:`create_space`. Needs
+        the right to make spaces and to manage the source. Those who write to the source wait while
+        it is made.
+
+        Raises:
+            SpaceNotFoundError: there is no such source.
+            SpaceExistsError: there is a space of that name.
+            AccessDeniedError: you may not make spaces, or do not manage the source.
+            InvalidValueError: another value; the message names it; or the source is an average.
+        """
+        parameters = [
+            values.as_name("a space", name),
+            values.as_name("a space", source),
+            average.as_field("by", by),
+            None if weight is None else average.as_field("weight", weight),
+            None if metric is None else str(metric),
+            values.as_whole("M", M),
+            values.as_whole("ef_construction", ef_construction),
+            values.as_number("target_recall", target_recall),
+        ]
+        with self._database.connection(source) as connection:
+            connection.execute(
+                "SELECT ehub.create_average(%s, %s, %s, %s, %s, %s::int, %s::int, %s)", parameters
+            )
+        return self.get_space(name)
+
+    def kept_averages(self) -> list[KeptAverage]:
+        """Return the spaces of averages that one may read or write, by name."""
+        return average.kept_averages(self._database)
+
     @overload
     def get_space(self, name: str, *, version: None = None) -> Space: ...
     @overload
@@ -120,6 +172,7 @@ class Hub:
 
         Raises:
             SpaceNotFoundError: there is none of that name.
+            SpaceInUseError: averages follow it; they are named.
             DatabaseError: something else in the database, a view for example, depends on it.
         """
         with self._database.connection(name) as connection:

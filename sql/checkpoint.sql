@@ -226,6 +226,7 @@ DECLARE
     relation text := format('ehub_data.%I', 'v' || target.version_id);
     images text;
 BEGIN
+    PERFORM ehub.require_no_average(address);
     PERFORM ehub.stop_writers(target);
     number := ehub.require_checkpoint(target, $2);
     images := format('ehub.images(%s, %s)', target.version_id, number);

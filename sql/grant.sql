@@ -23,6 +23,9 @@ DECLARE
 BEGIN
     PERFORM ehub.require_read_committed(target.space);
     PERFORM ehub.require_privilege($3, $5);
+    IF $3 = 'write' THEN
+        PERFORM ehub.require_no_average(target.space);
+    END IF;
     IF $3 = 'admin' AND of_version IS NOT NULL THEN
         RAISE EXCEPTION 'space %: ''admin'' is of a space, not of one version',
             quote_literal(target.space) USING ERRCODE = 'EH005';

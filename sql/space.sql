@@ -40,7 +40,7 @@ BEGIN
     IF NOT FOUND THEN
         RAISE EXCEPTION 'there is a space % already', quote_literal($1) USING ERRCODE = 'EH002';
     END IF;
-    first := ehub.add_version(made, 'v1', $2, $3, $4, $5, $6, $7, NULL);
+    first := ehub.add_version(made, 'v1', $2, $3, $4, $5, $6, NULL, $7);
     UPDATE ehub.space SET current_version_id = first WHERE id = made;
     PERFORM ehub.show_version($1, first);
     INSERT INTO ehub.access (space_id, role, privilege, rows, granted_by)
@@ -90,8 +90,8 @@ CREATE OR REPLACE FUNCTION ehub.add_version(
     m int,
     ef_construction int,
     target_recall float8,
-    partition_by text,
-    source bigint
+    source bigint,
+    partition_by text DEFAULT NULL
 ) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
@@ -100,7 +100,7 @@ DECLARE
     version_id bigint;
 BEGIN
     INSERT INTO ehub.version (space_id, name, dims, metric, partition_by)
-    VALUES ($1, $2, $3, $4, $8)
+    VALUES ($1, $2, $3, $4, $9)
     RETURNING id INTO version_id;
     INSERT INTO ehub.index (version_id, m, ef_construction, target_recall)
     VALUES (version_id, $5, $6, $7);
@@ -183,7 +183,9 @@ CREATE OR REPLACE FUNCTION ehub.delete_space(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM ehub.require_admin(caller, split_part($1, '@', 1));
+    PERFORM ehub.hold_average($1);
     PERFORM FROM ehub.space AS s WHERE s.name = $1 FOR UPDATE;
+    PERFORM ehub.require_no_followers($1);
     IF strpos($1, '@') > 0 THEN
         RAISE EXCEPTION '% is a version, not a space', quote_literal($1) USING ERRCODE = 'EH003',
             HINT = 'ehub.drop_version drops a version';
@@ -202,6 +204,7 @@ CREATE OR REPLACE FUNCTION ehub.remove_version(space text, version text, version
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    PERFORM ehub.unfollow(version_id);
     EXECUTE format('DROP VIEW spaces.%I', space || '@' || version);
     EXECUTE format('DROP TABLE ehub_data.%I', 'v' || version_id);
     EXECUTE format('DROP TABLE IF EXISTS ehub_data.%I', 'h' || version_id);

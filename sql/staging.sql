@@ -37,22 +37,32 @@ BEGIN
     ) AS d
     WHERE s.key = d.key AND s.ordinal < d.latest;
 
-    EXECUTE format(
-        'INSERT INTO %s (key, embedding, metadata)'
-        ' SELECT key, embedding, metadata FROM pg_temp.ehub_staging WHERE metadata IS NOT NULL'
-        ' ORDER BY key'
-        ' ON CONFLICT (key) DO UPDATE'
-        ' SET embedding = EXCLUDED.embedding, metadata = EXCLUDED.metadata',
-        target
-    );
-    GET DIAGNOSTICS total = ROW_COUNT;
-    EXECUTE format(
-        'INSERT INTO %s (key, embedding)'
-        ' SELECT key, embedding FROM pg_temp.ehub_staging WHERE metadata IS NULL'
-        ' ORDER BY key'
-        ' ON CONFLICT (key) DO UPDATE SET embedding = EXCLUDED.embedding',
-        target
-    );
-    GET DIAGNOSTICS merged = ROW_COUNT;
-    RETURN total + merged;
+    -- Who writes rows of the same averages may wait for this one while this one waits for it (see
+    -- ehub.create_follower): one of the two begins again.
+    FOR attempt IN 1 .. 5 LOOP
+        BEGIN
+            EXECUTE format(
+                'INSERT INTO %s (key, embedding, metadata)'
+                ' SELECT key, embedding, metadata FROM pg_temp.ehub_staging WHERE metadata IS NOT NULL'
+                ' ORDER BY key'
+                ' ON CONFLICT (key) DO UPDATE'
+                ' SET embedding = EXCLUDED.embedding, metadata = EXCLUDED.metadata',
+                target
+            );
+            GET DIAGNOSTICS total = ROW_COUNT;
+            EXECUTE format(
+                'INSERT INTO %s (key, embedding)'
+                ' SELECT key, embedding FROM pg_temp.ehub_staging WHERE metadata IS NULL'
+                ' ORDER BY key'
+                ' ON CONFLICT (key) DO UPDATE SET embedding = EXCLUDED.embedding',
+                target
+            );
+            GET DIAGNOSTICS merged = ROW_COUNT;
+            RETURN total + merged;
+        EXCEPTION WHEN deadlock_detected THEN
+            IF attempt = 5 THEN
+                RAISE;
+            END IF;
+        END;
+    END LOOP;
 END $$;

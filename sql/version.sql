@@ -23,6 +23,7 @@ DECLARE
     source ehub.catalogue := current;
     made bigint;
 BEGIN
+    PERFORM ehub.require_no_average($1);
     PERFORM ehub.require_name('a version', $2, 22);
     IF EXISTS (SELECT FROM ehub.version AS v WHERE v.space_id = owner AND v.name = $2) THEN
         RAISE EXCEPTION 'space % has a version % already', quote_literal($1), quote_literal($2)
@@ -44,8 +45,8 @@ BEGIN
     PERFORM ehub.require_shape($1, $3, $4, $6, $7, $8);
     PERFORM ehub.require_partition_field($1, $9);
     made := ehub.add_version(
-        owner, $2, $3, $4, $6, $7, $8, $9,
-        CASE WHEN from_version IS NOT NULL THEN source.version_id END
+        owner, $2, $3, $4, $6, $7, $8,
+        CASE WHEN from_version IS NOT NULL THEN source.version_id END, $9
     );
     PERFORM ehub.carry_policies('ehub_data.v' || current.version_id, 'ehub_data.v' || made);
     -- Searches by name go on where this version is promoted.
@@ -53,6 +54,7 @@ BEGIN
     SELECT made, i.m, i.ef_construction, i.target_recall, i.name, i.filter
     FROM ehub.index AS i WHERE i.version_id = source.version_id AND i.name IS NOT NULL;
     PERFORM ehub.apply_access(owner);
+    PERFORM ehub.add_followers($1, made, source.version_id);
     PERFORM ehub.log_action(
         ehub.role_of(caller), 'create_version', $1,
         jsonb_build_object('version', $2, 'dims', $3, 'metric', $4, 'from_version', from_version)
@@ -145,6 +147,7 @@ DECLARE
     current ehub.catalogue := ehub.require_space($1);
     measured float8;
 BEGIN
+    PERFORM ehub.require_no_average($1);
     PERFORM ehub.require_another(current, target);
     WHILE NOT ehub.is_warm(target) AND clock_timestamp() < deadline LOOP
         PERFORM pg_sleep(0.05);
@@ -201,6 +204,7 @@ DECLARE
     target ehub.catalogue;
     last bigint;
 BEGIN
+    PERFORM ehub.require_no_average($1);
     last := ehub.last_promotion(owner);
     SELECT c.* INTO target FROM ehub.catalogue AS c JOIN ehub.promotion AS p
         ON p.from_version_id = c.version_id
@@ -243,7 +247,10 @@ BEGIN
     );
     PERFORM ehub.in_turns(
         format('spaces.%I', target.space),
-        format('SELECT ehub.show_version(%L, %s)', target.space, target.version_id),
+        format(
+            'SELECT ehub.show_version(%1$L, %2$s), ehub.show_followers(%1$L, %2$s)',
+            target.space, target.version_id
+        ),
         patience
     );
     UPDATE ehub.space AS s SET current_version_id = target.version_id WHERE s.id = owner;
@@ -253,6 +260,9 @@ BEGIN
     VALUES (owner, role::text, $2, current.version, target.version, current.version_id);
     PERFORM ehub.log_action(
         role, $2, target.space, jsonb_build_object('from', current.version, 'to', target.version)
+    );
+    PERFORM ehub.switch_followers(
+        role, $2, target.space, current.version_id, target.version_id
     );
     IF NOT warm THEN
         RAISE NOTICE 'the index of %@% is not ready everywhere; searches are exact meanwhile',
@@ -291,6 +301,7 @@ DECLARE
     target ehub.catalogue := ehub.require_admin(caller, address);
     relation text := format('ehub_data.%I', 'v' || target.version_id);
 BEGIN
+    PERFORM ehub.require_no_average(address);
     PERFORM ehub.stop_writers(target);
     EXECUTE format(
         'CREATE OR REPLACE TRIGGER ehub_frozen BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s'
@@ -349,6 +360,7 @@ DECLARE
     target ehub.catalogue := ehub.require_space($1 || '@' || $2);
     needed text;
 BEGIN
+    PERFORM ehub.require_no_average($1);
     IF target.current THEN
         RAISE EXCEPTION 'space %: version % is current', quote_literal($1), quote_literal($2)
             USING ERRCODE = 'EH016', HINT = 'promote another one first';
@@ -368,6 +380,7 @@ BEGIN
         RAISE EXCEPTION 'space %: version % is still needed: %', quote_literal($1),
             quote_literal($2), needed USING ERRCODE = 'EH016', HINT = 'force drops it all the same';
     END IF;
+    PERFORM ehub.drop_followers($1, target.version_id);
     PERFORM ehub.remove_version($1, $2, target.version_id);
     PERFORM ehub.log_action(
         ehub.role_of(caller), 'drop_version', $1, jsonb_build_object('version', $2)

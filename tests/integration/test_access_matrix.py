@@ -39,8 +39,17 @@ MAY = {
     "writer": {"read", "write", "whole", "version"},
     "admin": {"read", "write", "whole", "admin", "version"},
     "maker": {"create"},
-    "owner": {"read", "write", "whole", "admin", "create", "owner", "version"},
-    "superuser": {"read", "write", "whole", "admin", "create", "owner", "version"},
+    "owner": {"read", "write", "whole", "admin", "create", "admin and create", "owner", "version"},
+    "superuser": {
+        "read",
+        "write",
+        "whole",
+        "admin",
+        "create",
+        "admin and create",
+        "owner",
+        "version",
+    },
 }
 SECRETS = {
     "stranger": HUSH,
@@ -60,6 +69,17 @@ V = "'[1,0]'::vector"
 ME = "(SELECT c FROM ehub.catalogue AS c WHERE c.space = 'secret' AND c.current)"
 FUNCTIONS = {
     # name: what it takes to call it, and calls
+    "average": ("read", "ehub.average('secret', '{mine_1}')"),
+    "averages": ("read", "ehub.averages('secret', 'tenant')"),
+    "average_steps": (ANYBODY, "ehub.average_steps('by', 'a.b')"),
+    "average_value": (ANYBODY, "ehub.average_value('by', 'a.b')"),
+    "average_weight": (ANYBODY, "ehub.average_weight('a.b')"),
+    "averages_query": (ANYBODY, "ehub.averages_query('SELECT', true)"),
+    "create_average": (
+        "admin and create",
+        "ehub.create_average('another', 'secret', 'tenant')",
+    ),
+    "refuse_average": (ANYBODY, "ehub.refuse_average('s')", "EH025"),
     "address": (ANYBODY, f"ehub.address({ME})"),
     "choice": (ANYBODY, "ehub.choice('ehub.mode', 'auto', 'exact')"),
     "condition": (ANYBODY, "ehub.condition('{\"a\": 1}')"),
@@ -162,6 +182,10 @@ FUNCTIONS = {
     "shown_to_everybody": ("owner", "ehub.shown_to_everybody()"),
 } | dict.fromkeys(
     (
+        *("add_followers", "average_key", "averages_statement", "create_follower"),
+        *("drop_followers", "follow", "followers", "hold_average", "like_of"),
+        *("refuse_direct_write", "require_no_average", "require_no_followers"),
+        *("show_followers", "switch_followers", "unfollow"),
         *("add_default", "add_version", "apply_access", "apply_create", "apply_policies"),
         *(
             "apply_usage",
@@ -364,7 +388,8 @@ def test_relations(people):
         boss.execute("SELECT 'v' || version_id, space || '@' || version FROM ehub.catalogue")
     )
     shown = {
-        *("audit_trail", "catalogue", "checkpoints", "grants", "indexes", "migration"),
+        *("audit_trail", "catalogue", "checkpoints", "grants", "indexes", "kept_averages"),
+        "migration",
         *("promotions", "setting", "status", "versions", "whoami"),
     }
     for schema, relation, relkind in relations:
@@ -427,6 +452,10 @@ METHODS = {
         "audit": (SILENT, lambda hub, space: hub.audit()),
         "close": None,
         "conninfo": None,
+        "create_average": (
+            "admin and create",
+            lambda hub, space: hub.create_average("another", space, "tenant"),
+        ),
         "create_space": ("create", lambda hub, space: hub.create_space("another", 2)),
         "delete_space": ("admin", lambda hub, space: hub.delete_space(space)),
         "doctor": ("owner", lambda hub, space: hub.doctor()),
@@ -435,6 +464,7 @@ METHODS = {
         "grant_default": ("owner", lambda hub, space: hub.grant_default("pg_monitor", "read")),
         "grants": (SILENT, lambda hub, space: hub.grants()),
         "index": None,
+        "kept_averages": (SILENT, lambda hub, space: hub.kept_averages()),
         "load_snapshot": None,
         "resolve": ("read", lambda hub, space: hub.resolve(space)),
         "revoke_create": ("owner", lambda hub, space: hub.revoke_create("pg_monitor")),
@@ -448,6 +478,8 @@ METHODS = {
         "M": None,
         "at": ("whole", lambda space: list(space.at("nightly").items())),
         "audit": (SILENT, lambda space: space.audit()),
+        "average": ("read", lambda space: space.average(["mine_1"])),
+        "averages": ("read", lambda space: space.averages("tenant")),
         "checkpoint": ("admin", lambda space: space.checkpoint("now")),
         "checkpoints": ("read", lambda space: space.checkpoints()),
         "create_version": ("admin", lambda space: space.create_version("v3")),
@@ -553,7 +585,7 @@ def furnish(boss, names):
 
 
 def clear(boss):
-    for gone in ("mine", "another"):
+    for gone in ("another", "mine"):
         with contextlib.suppress(ehub.SpaceNotFoundError):
             boss.delete_space(gone)
     for undo in (boss.revoke_create, boss.revoke_default):

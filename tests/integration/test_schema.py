@@ -161,6 +161,7 @@ def test_strangers_may_look_but_there_is_nothing_to_see(hub, db):
             "checkpoints",
             "grants",
             "indexes",
+            "kept_averages",
             "migration",
             "promotions",
             "setting",
