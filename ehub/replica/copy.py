@@ -202,6 +202,11 @@ class Copy:
         """Whether it may answer."""
         return self.state is State.READY and self.index is not None and self.watermark is not None
 
+    def ask(self, text: str) -> None:
+        """Remember that a search has a filter, which the index may come to know. Of any thread."""
+        if self.filters.ask(text):
+            self._shared.interrupt()
+
     def settled(self) -> bool:
         """Whether it answers, or cannot for now: others need not wait for it."""
         return self.serving() or self.state is State.FAILED
