@@ -21,7 +21,6 @@ from ehub.search import Searchable
 from ehub.snapshot import Snapshot
 from ehub.types import Matrix, Metadata, Partition, Vector
 
-
 _COPY_ROWS = 5000
 
 Row: TypeAlias = tuple[str, ArrayLike] | tuple[str, ArrayLike, Metadata | None]
