@@ -20,7 +20,7 @@ from ehub.errors import (
     ServiceError,
     WaitTimeoutError,
 )
-from ehub.index import Found
+from ehub.index import Found, PartitionedIndex
 from ehub.replica import Answering, Progress, Replica
 from ehub.rows import Rows
 from ehub.types import (
@@ -36,6 +36,10 @@ from ehub.types import (
 
 _WAIT_SECONDS = 0.05
 _PAGE_ROWS = 4096
+# So many at once: writers, and readers behind them, wait for the whole of it.
+_BATCH_ROWS = 256
+# Where it is not known what matches: so many near rows for each that is wanted, and some at least.
+_NEAR, _LEAST_NEAR = 20, 200
 
 Examples: TypeAlias = Sequence[str] | Mapping[str, float]
 """Keys, or a mapping from keys to what each weighs."""
@@ -204,6 +208,10 @@ class Searchable(Rows):
                 answer = self._complete(near[:count], metadata, answering)
                 if answer is not None:
                     return answer
+        elif among.filter is not None and among.partition is None and among.sub_index is None:
+            nearest = self._matching_near(address, query, count, metadata, among, left_out)
+            if nearest is not None:
+                return nearest
         return self._by_postgres(address, query, count, metadata, among, left_out)
 
     def multi_nearest_neighbors(
@@ -421,6 +429,38 @@ class Searchable(Rows):
         self._read_shape()
         return None
 
+    def _matching_near(
+        self,
+        address: str,
+        query: Vector,
+        k: int,
+        metadata: bool,
+        among: _Among,
+        left_out: list[str],
+    ) -> list[Neighbor] | None:
+        """Look for rows that match among the nearest; None where they are too few.
+
+        For a filter that the index does not know: Postgres says which of some near rows match.
+        """
+        answering = self._index_for_queries(False, _ALL, address)
+        if answering is None or isinstance(answering.index, PartitionedIndex):
+            return None
+        found = answering.search(query[None], max(_NEAR * k, _LEAST_NEAR))
+        if found is None:
+            return None
+        statement = sql.SQL(
+            "SELECT key, {} FROM {} WHERE key = ANY(%s) AND metadata @@ ehub.filter_path(%s::jsonb)"
+        ).format(sql.SQL("metadata" if metadata else "NULL"), answering.entry.relation)
+        with self._database.connection(self._address) as connection:
+            keys = found[0].keys
+            notes = dict(connection.execute(statement, [keys, among.filter]).fetchall())
+        near = [
+            Neighbor(key, distance, notes[key])
+            for key, distance in zip(*found[0], strict=True)
+            if key in notes and key not in left_out
+        ]
+        return near[:k] if len(near) >= k else None
+
     def _neighbors_of_key(
         self, key: str, k: int, metadata: bool, strong: bool, among: _Among
     ) -> list[Neighbor]:
@@ -480,11 +520,13 @@ class Searchable(Rows):
                 watch(done, max(total, done + len(rows)))
             if not rows:
                 return
-            queries = np.stack([decode_vector(data) for _, data in rows])
-            # Its own row is among its neighbours, or no row of the answer is missed.
-            answers = self._neighbors_of_many(address, queries, k + 1, False, strong=False)
-            for (key, _), near in zip(rows, answers, strict=True):
-                yield key, [one for one in near if one.key != key][:k]
+            for start in range(0, len(rows), _BATCH_ROWS):
+                batch = rows[start : start + _BATCH_ROWS]
+                queries = np.stack([decode_vector(data) for _, data in batch])
+                # Its own row is among its neighbours, or else not needed.
+                answers = self._neighbors_of_many(address, queries, k + 1, False, strong=False)
+                for (key, _), near in zip(batch, answers, strict=True):
+                    yield key, [one for one in near if one.key != key][:k]
             last = rows[-1][0]
             done += len(rows)
 

@@ -237,6 +237,9 @@ class Copy:
             if self.index is not None:
                 self.redo |= self.unacknowledged
                 self.watermark = self.acknowledged
+                if isinstance(self.index, HnswIndex):
+                    # What was read for them is not among the keys that are read again.
+                    self.index.deselect()
             if self.fresh is not None:
                 self.fresh.redo |= self.fresh.applied
                 self.fresh.watermark = self.acknowledged
@@ -264,11 +267,8 @@ class Copy:
             self.state = State.COMPARING
             self._submit("compare", self._compare, index)
             return False
-        selected = self._usable_selected(index, fresh)
         try:
             keys = changed_keys(worker, self.entry, watermark, redo)
-            if selected is not None:
-                keys |= changed_keys(worker, self.entry, selected.watermark, set())
         except Behind as why:
             _log.info("%s: %s; building its index anew", self.entry.address, why)
             self.state = State.BUILDING
@@ -282,6 +282,12 @@ class Copy:
                 self.blocked_until = time.monotonic() + 0.5
             return True
         stamp = self._shared.stamp(snapshot)
+        selected = self._usable_selected(index, fresh)
+        if selected is not None:
+            try:
+                keys |= changed_keys(worker, self.entry, selected.watermark, set())
+            except Behind:
+                selected = None
         if keys or selected is not None:
             self._apply(index, keys, worker, selected, stamp)
         index.as_of = stamp

@@ -181,7 +181,9 @@ class Replica:
         before the call. Waits a moment for either. And only while the database was heard of half
         a minute ago at the most: what one may read can be taken away.
         """
-        written: Collection[int] = self._written.get(address, ())
+        # A version that was not asked for by itself is followed by the name of its space.
+        followed = address if address in self._wanted else _space(address)
+        written: Collection[int] = self._written.get(followed, ())
         if written:
             with self._shared.changed:
                 written = tuple(written)
@@ -204,7 +206,7 @@ class Replica:
         if written:
             # Seen once is seen for good.
             with self._shared.changed:
-                self._written[address].difference_update(written)
+                self._written[followed].difference_update(written)
         return Answering(index, copy.entry, index if whole is None else whole, selection)
 
     def _choose(
