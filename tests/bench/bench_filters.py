@@ -92,8 +92,12 @@ def load(file: Path, url: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.nda
     along = np.argsort(-(rows @ random.standard_normal(dims).astype(np.float32)))
     flags = {}
     for share in SHARES:
-        flags[f"random_{share}"] = random.random(len(rows)) < share
-        flags[f"along_{share}"] = np.isin(np.arange(len(rows)), along[: int(share * len(rows))])
+        flags[f"random_{share:.2%}".replace(".", "_").rstrip("%")] = (
+            random.random(len(rows)) < share
+        )
+        flags[f"along_{share:.2%}".replace(".", "_").rstrip("%")] = np.isin(
+            np.arange(len(rows)), along[: int(share * len(rows))]
+        )
     notes = [{name: True for name, chosen in flags.items() if chosen[i]} for i in range(len(rows))]
     with ehub.connect(url, index="none") as hub:
         hub.create_space("bench", dims).multiset(keys, rows, notes)

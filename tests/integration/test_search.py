@@ -1,5 +1,6 @@
 """Searches in Python among rows that match, by examples and ranges, against brute force."""
 
+import contextlib
 import threading
 import time
 
@@ -470,10 +471,8 @@ class Model(RuleBasedStateMachine):
     def begin(self):
         self.hub = Model.connect(index="local")
         for name in ("m", "p"):
-            try:
+            with contextlib.suppress(ehub.SpaceNotFoundError):
                 self.hub.delete_space(name)
-            except ehub.SpaceNotFoundError:
-                pass
         self.plain = self.hub.create_space("m", 2)
         self.plain.create_index("ones", {"t": 1})
         self.parted = self.hub.create_space("p", 2, partition_by="t")
