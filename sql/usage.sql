@@ -88,6 +88,8 @@ BEGIN
 END $$;
 
 SELECT ehub.apply_usage();
+-- A function that was made anew has lost who may call it.
+SELECT ehub.apply_create();
 
 -- What was granted by hand before there was a record is recorded once, as far as it can be.
 DO $$
