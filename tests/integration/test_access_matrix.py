@@ -91,6 +91,7 @@ FUNCTIONS = {
     "filter_text": (ANYBODY, "ehub.filter_text('{\"a\": 1}', 1)"),
     "filter_with_index": (ANYBODY, f"ehub.filter_with_index({ME}, '{{\"a\": 1}}', NULL)"),
     "implies": (ANYBODY, 'ehub.implies(\'{"a": 1}\', \'{"a": {"<": 2}}\')'),
+    "joined": (ANYBODY, "ehub.joined('{a,b}', ' || ')"),
     "refuse_filter": (ANYBODY, "ehub.refuse_filter('why')", "EH021"),
     "refuse_partition": (ANYBODY, "ehub.refuse_partition('s', 'f', 'k', '{}')", "EH007"),
     "require_partition": (ANYBODY, f"ehub.require_partition({ME}, NULL)"),
