@@ -12,7 +12,7 @@
 from ehub.access import AuditEntry, Finding, Grant, Privilege, Right, Role
 from ehub.average import FieldValue, KeptAverage
 from ehub.checkpoint import Checkpoint, CheckpointInfo
-from ehub.collection import Restored
+from ehub.collection import Restored, SubIndex
 from ehub.diff import Diff, Drift, Moved
 from ehub.errors import (
     AccessDeniedError,
@@ -56,6 +56,7 @@ from ehub.errors import (
 )
 from ehub.hub import Hub, connect
 from ehub.replica import Progress, State
+from ehub.search import Way
 from ehub.snapshot import Refreshed, Snapshot, Written
 from ehub.space import Promotion, Space, Switched, Version
 from ehub.types import Metric, Neighbor
@@ -117,6 +118,7 @@ __all__ = [
     "SpaceInUseError",
     "SpaceNotFoundError",
     "State",
+    "SubIndex",
     "Switched",
     "UnavailableError",
     "Version",
@@ -124,6 +126,7 @@ __all__ = [
     "VersionInUseError",
     "VersionNotFoundError",
     "WaitTimeoutError",
+    "Way",
     "Written",
     "connect",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from ehub import values
 from ehub.binary import decode_vector
 from ehub.database import Database
-from ehub.errors import InvalidFilterError, InvalidValueError
+from ehub.errors import InvalidValueError
 from ehub.types import Metadata, Vector
 
 FieldValue: TypeAlias = str | int | float | bool
@@ -49,7 +48,7 @@ def average(
     with database.connection(address) as connection:
         row = connection.execute(
             "SELECT ehub.average(%s, %s::text[], %s::float8[], %s::jsonb)",
-            [address, wanted, numbers, _as_filter(filter)],
+            [address, wanted, numbers, values.as_filter(filter)],
             binary=True,
         ).fetchone()
     return None if row is None or row[0] is None else decode_vector(row[0])
@@ -68,7 +67,7 @@ def averages(
     with database.connection(address) as connection:
         rows = connection.execute(
             "SELECT value, average FROM ehub.averages(%s, %s, %s, %s::jsonb)",
-            [address, *fields, _as_filter(filter)],
+            [address, *fields, values.as_filter(filter)],
             binary=True,
         )
         for value, data in rows:
@@ -97,18 +96,3 @@ def as_field(what: str, field: object) -> str:
     if not isinstance(field, str) or "\0" in field:
         raise InvalidValueError(f"{what} is the name of a field of metadata, not {field!r:.60}")
     return field
-
-
-def _as_filter(filter: Metadata | None) -> str | None:  # noqa: A002 - the word for it
-    if filter is None:
-        return None
-    if not isinstance(filter, Mapping):
-        raise InvalidFilterError(f"filter: a mapping is needed, not {filter!r:.60}")
-    try:
-        text = json.dumps(filter, allow_nan=False, ensure_ascii=False)
-        text.encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidFilterError(f"filter: it is not JSON: {error}") from None
-    if "\\u0000" in text.replace("\\\\", ""):
-        raise InvalidFilterError("filter: it holds a NUL character, Postgres has none")
-    return text

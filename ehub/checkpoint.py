@@ -71,7 +71,7 @@ class Checkpoint(Rows):
             InvalidValueError: ``k``, the vector, or not just one of ``key`` and ``vector``.
         """
         count = values.as_count(k)
-        values.require_one_of(key, vector)
+        values.require_one_of(key=key, vector=vector)
         if key is not None:
             return self._nearest(self.get(key), count, metadata, key)
         query = values.as_vector(

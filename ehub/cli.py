@@ -26,7 +26,7 @@ from pythonjsonlogger.json import JsonFormatter
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import ehub
-from ehub import config, demo, group, manage, rights
+from ehub import ask, config, demo, manage, parts, rights
 from ehub.database import Database
 from ehub.files import FORMATS, EmbeddingFile, Record
 from ehub.hub import open_database
@@ -44,9 +44,10 @@ app = typer.Typer(
     epilog="Without a URL: EHUB_DATABASE_URL, then PGHOST and the like, then the embedded "
     "Postgres in EHUB_DATA_DIR.",
 )
+app.add_typer(ask.app)
 app.add_typer(manage.app)
 app.add_typer(rights.app)
-app.add_typer(group.app)
+app.add_typer(parts.app)
 _INTERRUPTED = 130
 _PORT, _PAGES_PORT = 6433, 9433
 _JSON_FIELDS = {"asctime": "time", "levelname": "level", "name": "logger"}
@@ -106,6 +107,9 @@ def load(
     key: Annotated[str | None, typer.Option(help="The column of keys.")] = None,
     vector: Annotated[str | None, typer.Option(help="The column of vectors.")] = None,
     keys: Annotated[Path | None, typer.Option(help="For npy: a file with a key a line.")] = None,
+    partition_by: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="For a new space: a field of the metadata.")
+    ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="Make one of the state just before.")
     ] = None,
@@ -123,8 +127,10 @@ def load(
     dims = np.size(np.asarray(first[1]))
     with (
         ehub.connect(url, index="none") as hub,
-        _found_or_made(hub, space, dims, metric) as target,
+        _found_or_made(hub, space, dims, metric, partition_by) as target,
     ):
+        if partition_by is not None and partition_by != target.partition_by:
+            raise ehub.InvalidValueError(f"space {space!r} is not partitioned by {partition_by!r}")
         if metric is not None and metric != target.metric:
             raise ehub.InvalidValueError(f"space {space!r} has metric {target.metric}")
         started = time.monotonic()
@@ -138,7 +144,7 @@ def load(
 
 @contextlib.contextmanager
 def _found_or_made(
-    hub: ehub.Hub, address: str, dims: int, metric: str | None
+    hub: ehub.Hub, address: str, dims: int, metric: str | None, partition_by: str | None
 ) -> Iterator[ehub.Space | ehub.Version]:
     """Lend a space or version; a space that had to be made goes again if the rest fails."""
     try:
@@ -149,7 +155,12 @@ def _found_or_made(
         yield found
         return
     try:
-        yield hub.create_space(address, dims, metric or "l2")  # type: ignore[arg-type]
+        yield hub.create_space(
+            address,
+            dims,
+            metric or "l2",  # type: ignore[arg-type]
+            partition_by=partition_by,
+        )
     except ehub.SpaceExistsError:
         raise
     except BaseException:
@@ -187,61 +198,6 @@ def _load(
             bars.update(task, description="storing", total=None, rate="")
 
         return target.multiset(counted(), checkpoint=checkpoint)
-
-
-@app.command()
-def query(
-    space: Address,
-    what: Annotated[
-        str,
-        typer.Argument(
-            metavar="KEY|VECTOR|-",
-            show_default=False,
-            help="A stored key, a vector as [1, 0, …], or - for one of them on each line of stdin.",
-        ),
-    ],
-    k: Annotated[int, typer.Option("-k", help="How many neighbours.")] = 10,
-    metadata: Annotated[bool, typer.Option("--metadata", help="Show metadata.")] = False,
-    as_json: Json = False,
-    url: Url = None,
-) -> None:
-    """Find the nearest neighbours of a key or a vector, exactly."""
-    with ehub.connect(url, index="none") as hub:
-        target = hub.resolve(space)
-        lines = (line.rstrip("\n") for line in sys.stdin) if what == "-" else iter([what])
-        for line in lines:
-            if line:
-                found = _query(target, line, k, metadata)
-                if as_json:
-                    answers = [neighbor._asdict() for neighbor in found]
-                    if not metadata:
-                        for answer in answers:
-                            del answer["metadata"]
-                    print(json.dumps({"query": line, "neighbors": answers}, ensure_ascii=False))
-                else:
-                    _print_neighbors(found, metadata, title=line if what == "-" else None)
-
-
-def _query(
-    space: ehub.Space | ehub.Version, text: str, k: int, metadata: bool
-) -> list[ehub.Neighbor]:
-    if text.lstrip().startswith("["):
-        try:
-            vector = json.loads(text)
-        except ValueError:
-            pass  # A key may begin with a bracket.
-        else:
-            return space.nearest_neighbors(k, vector=vector, metadata=metadata)
-    return space.nearest_neighbors(k, key=text, metadata=metadata)
-
-
-def _print_neighbors(found: list[ehub.Neighbor], metadata: bool, title: str | None) -> None:
-    rows = [
-        [neighbor.key, f"{neighbor.distance:.6g}"]
-        + ([json.dumps(neighbor.metadata, ensure_ascii=False)] if metadata else [])
-        for neighbor in found
-    ]
-    print_table(["key", "distance", *(["metadata"] if metadata else [])], rows, title)
 
 
 @app.command()

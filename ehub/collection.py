@@ -1,49 +1,30 @@
-"""Keys, vectors, metadata and nearest neighbours, of a space or of one version of it."""
+"""Keys, vectors and metadata of a space or of one version of it: written, kept, averaged."""
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, SupportsIndex, TypeAlias, cast, overload
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, cast, overload
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from psycopg import sql
 
 from ehub import average, values
 from ehub.average import FieldValue
-from ehub.binary import VectorParameter, VectorsParameter
+from ehub.binary import VectorParameter
 from ehub.checkpoint import Checkpoint, CheckpointInfo
-from ehub.database import Connection, Database, copy_rows
+from ehub.database import copy_rows
 from ehub.errors import (
-    ConfigurationError,
     InvalidValueError,
-    ServiceError,
-    WaitTimeoutError,
 )
-from ehub.replica import Answering, Progress, Replica
-from ehub.rows import Rows
+from ehub.search import Searchable
 from ehub.snapshot import Snapshot
-from ehub.types import Consistency, IndexPlace, Matrix, Metadata, Metric, Neighbor, Vector
+from ehub.types import Matrix, Metadata, Partition, Vector
 
-_WAIT_SECONDS = 0.05
 _COPY_ROWS = 5000
 
 Row: TypeAlias = tuple[str, ArrayLike] | tuple[str, ArrayLike, Metadata | None]
 """A key and a vector, or a key, a vector and metadata."""
-
-
-class _Shape(NamedTuple):
-    """What the version that is meant is like."""
-
-    version: str
-    dims: int
-    metric: Metric
-    M: int
-    ef_construction: int
-    target_recall: float
-    frozen: bool
 
 
 class Restored(NamedTuple):
@@ -53,48 +34,32 @@ class Restored(NamedTuple):
     deleted: int
 
 
-class Collection(Rows):
+class SubIndex(NamedTuple):
+    """An index over the rows that match ``where``.
+
+    Attributes:
+        M, ef_construction, target_recall: what it is built with, and how good it is to be.
+        state: of its copy that is farthest, None where there is none that one may see; and its
+            ``rows`` and measured ``recall``.
+    """
+
+    name: str
+    where: dict[str, Any]
+    M: int
+    ef_construction: int
+    target_recall: float
+    state: str | None
+    rows: int | None
+    recall: float | None
+
+
+class Collection(Searchable):
     """Embeddings that can be written and searched: a space (its current version), or a version.
 
     Keys are strings of 1 to 1024 bytes, vectors anything that numpy reads as numbers, metadata a
     JSON object. Every write is one transaction, durable when the call returns; to a version that
     was frozen it raises :class:`ehub.FrozenError`.
     """
-
-    def __init__(
-        self, address: str, database: Database, index: IndexPlace, replica: Replica | None
-    ) -> None:
-        super().__init__(address, database)
-        self._by_service = index == "service"
-        self._index_place: IndexPlace = index
-        self._replica = replica
-        self._view = sql.Identifier("spaces", address)
-        self._shape = self._read_shape()
-
-    @property
-    def dims(self) -> int:
-        """The length of its vectors."""
-        return self._shape.dims
-
-    @property
-    def metric(self) -> Metric:
-        """``l2``, ``cosine`` or ``ip``."""
-        return self._shape.metric
-
-    @property
-    def M(self) -> int:  # noqa: N802 - the field's own name
-        """The links of a node of its index."""
-        return self._shape.M
-
-    @property
-    def ef_construction(self) -> int:
-        """The candidates kept while a node of its index is linked."""
-        return self._shape.ef_construction
-
-    @property
-    def target_recall(self) -> float:
-        """The share of true neighbours that a search is to find."""
-        return self._shape.target_recall
 
     @property
     def frozen(self) -> bool:
@@ -106,15 +71,26 @@ class Collection(Rows):
 
     # --- keys and values
 
-    def set(self, key: str, vector: ArrayLike, metadata: Metadata | None = None) -> None:
+    def set(
+        self,
+        key: str,
+        vector: ArrayLike,
+        metadata: Metadata | None = None,
+        *,
+        partition: Partition | None = None,
+    ) -> None:
         """Store a vector under a key, in place of what was there.
 
-        Without ``metadata`` a key that was there keeps what it had.
+        Without ``metadata`` a key that was there keeps what it had. ``partition`` is put into it,
+        under the field that the space is partitioned by.
 
         Raises:
-            InvalidValueError: the key, the vector or the metadata; nothing was changed.
+            InvalidValueError: the key, the vector, the metadata, or a partition where there are
+                none; nothing was changed.
         """
         place = values.describe(self._address, values.as_key(key))
+        if partition is not None:
+            metadata = self._in_partition(metadata, partition)
         parameter = VectorParameter(self._as_vector(vector, place))
         update = sql.SQL("embedding = EXCLUDED.embedding")
         parameters: list[object] = [key, parameter]
@@ -133,6 +109,13 @@ class Collection(Rows):
         with self._database.connection(self._address) as connection:
             row = connection.execute(statement, parameters).fetchone()
         self._wrote(row)
+
+    def _in_partition(self, metadata: Metadata | None, partition: Partition) -> Metadata:
+        values.as_partition(partition)
+        field = self.partition_by
+        if field is None:
+            raise InvalidValueError(f"space {self._address!r} has no partitions")
+        return {**(metadata or {}), field: partition}
 
     @overload
     def multiset(
@@ -235,98 +218,89 @@ class Collection(Rows):
         self._wrote(row and row[1:])
         return int(row[0]) if row else 0
 
-    # --- neighbours
+    # --- sub-indexes and partitions
 
-    def nearest_neighbors(
+    def create_index(
         self,
-        k: SupportsIndex,
+        name: str,
+        where: Metadata,
         *,
-        key: str | None = None,
-        vector: ArrayLike | None = None,
-        metadata: bool = False,
-        consistency: Consistency = "replica",
-    ) -> list[Neighbor]:
-        """Find the ``k`` nearest rows to a stored ``key``, which is left out, or to a ``vector``.
-
-        Returns them nearest first, fewer than ``k`` only where the space has fewer. Distances are
-        pgvector's: Euclidean, cosine distance, negative inner product.
-
-        The index of this process answers, as of its watermark: never behind this process' own last
-        write. ``consistency="strong"`` sees everything that was committed before the call, by
-        anybody; the index service always does. The first call starts the index of this process;
-        until it is ready Postgres answers, exactly.
-
-        Raises:
-            KeyNotFoundError: there is no such key.
-            InvalidValueError: ``k``, the vector, or not just one of ``key`` and ``vector``.
-        """
-        count = values.as_count(k)
-        strong = self._strong(consistency)
-        values.require_one_of(key, vector)
-        if key is not None:
-            return self._neighbors_of_key(values.as_key(key), count, metadata, strong)
-        query = self._as_vector(vector, f"space {self._address!r}, query")
-        answering = self._index_for_queries(strong)
-        if answering is not None:
-            found = answering.index.search(query[None], count)
-            if found is not None:
-                near = list(map(Neighbor, *found[0]))
-                answer = self._complete(near, metadata, answering)
-                if answer is not None:
-                    return answer
-        return self._by_postgres(self._address, query, count, metadata)
-
-    def multi_nearest_neighbors(
-        self,
-        k: SupportsIndex,
-        *,
-        vectors: ArrayLike,
-        metadata: bool = False,
-        consistency: Consistency = "replica",
-    ) -> list[list[Neighbor]]:
-        """Find the ``k`` nearest rows to each of many vectors, shape ``(n, dims)``, in parallel.
-
-        As :meth:`nearest_neighbors` otherwise.
-
-        Raises:
-            InvalidValueError: ``k``, a vector, which is named by its row, or no vectors at all.
-        """
-        count = values.as_count(k)
-        strong = self._strong(consistency)
-        queries = values.require_some(self._as_matrix(vectors, f"space {self._address!r}, queries"))
-        answering = self._index_for_queries(strong)
-        if answering is not None:
-            found = answering.index.search(queries, count)
-            if found is not None:
-                flat = [neighbor for one in found for neighbor in map(Neighbor, *one)]
-                whole = self._complete(flat, metadata, answering)
-                if whole is not None:
-                    rest = iter(whole)
-                    return [list(itertools.islice(rest, len(one.keys))) for one in found]
-        if self._by_service:
-            return self._many_by_service(queries, count, metadata)
-        # All by one version, also where another is promoted meanwhile.
-        address = self._pinned()
-        return [self._by_postgres(address, query, count, metadata) for query in queries]
-
-    def wait_until_indexed(
-        self, timeout: float | None = None, *, watch: Callable[[Progress], None] | None = None
+        M: SupportsIndex | None = None,
+        ef_construction: SupportsIndex | None = None,
+        target_recall: float | None = None,
     ) -> None:
-        """Wait until the index is ready and sees all that was committed before the call.
+        """Make an index over just the rows that match a filter; it is built in the background.
 
-        ``timeout`` is in seconds; ``watch`` is told of the progress now and then.
+        Searches use it by its name, and where their own filter implies ``where``. It costs memory
+        in proportion to its rows. What is not said is as in the index over all rows. Of a space it
+        is of the current version, and versions that are made from now on have it too.
 
         Raises:
-            WaitTimeoutError: it was not ready in time; the work goes on.
-            EhubError: no index can be made, or no service is installed; the message says which.
+            InvalidNameError: not 1 to 60 letters, digits, ``_``, ``-`` or ``.``.
+            InvalidFilterError: the filter, which must not be empty.
+            InvalidValueError: another value; the message names it and its limits.
+            IndexExistsError: there is one of that name.
         """
-        self._read_shape()
-        if self._by_service:
-            self._wait_for_service(timeout)
-        elif self._replica is not None:
-            self._replica.wait_until_ready(self._address, timeout, watch)
-        else:
-            raise ConfigurationError("this hub was connected with index='none'; there is no index")
+        with self._database.connection(self._address) as connection:
+            connection.execute(
+                "SELECT ehub.create_index(%s, %s, %s::jsonb, %s::int, %s::int, %s)",
+                [
+                    self._address,
+                    values.as_name("an index", name),
+                    values.as_filter(where),
+                    None if M is None else values.as_whole("M", M),
+                    None
+                    if ef_construction is None
+                    else values.as_whole("ef_construction", ef_construction),
+                    None
+                    if target_recall is None
+                    else values.as_number("target_recall", target_recall),
+                ],
+            )
+
+    def drop_index(self, name: str) -> None:
+        """Drop an index that :meth:`create_index` has made.
+
+        Raises:
+            IndexNotFoundError: there is none of that name.
+        """
+        self._call("drop_index", values.as_name("an index", name))
+
+    def indexes(self) -> list[SubIndex]:
+        """Return the sub-indexes, by name."""
+        with self._database.connection(self._address) as connection:
+            rows = connection.execute(
+                'SELECT i.index, i."where", i.m, i.ef_construction, i.target_recall, i.state,'
+                " i.rows, i.recall FROM ehub.sub_indexes AS i"
+                " JOIN ehub.require_space(%s) AS s ON s.version_id = i.version_id ORDER BY i.index",
+                [self._address],
+            )
+            return [SubIndex(*row) for row in rows]
+
+    def partitions(self) -> dict[str, int]:
+        """Return the number of rows of each partition, by the text of its value, largest first.
+
+        Raises:
+            InvalidValueError: the space has no partitions.
+        """
+        with self._database.connection(self._address) as connection:
+            rows = connection.execute("SELECT * FROM ehub.partitions(%s)", [self._address])
+            return dict(rows.fetchall())
+
+    def drop_partition(self, partition: Partition) -> int:
+        """Delete all rows of a partition in one statement, and return their number.
+
+        Raises:
+            PartitionNotFoundError: it has none.
+            InvalidValueError: the space has no partitions.
+        """
+        with self._database.connection(self._address) as connection:
+            row = connection.execute(
+                "SELECT ehub.drop_partition(%s, %s), pg_current_xact_id()::text::bigint",
+                [self._address, values.as_partition(partition)],
+            ).fetchone()
+        self._wrote(row and row[1:])
+        return int(row[0]) if row else 0
 
     # --- averages
 
@@ -475,105 +449,6 @@ class Collection(Rows):
         with self._database.connection(self._address) as connection:
             connection.execute(statement, [self._address, *parameters])
 
-    def _index(self, strong: bool) -> Answering | None:
-        if self._replica is None:
-            return None
-        self._replica.follow(self._address)
-        return self._replica.index(self._address, strong=strong)
-
-    def _index_for_queries(self, strong: bool) -> Answering | None:
-        """Return the index if it is of the shape that queries were checked for."""
-        found = self._index(strong)
-        if found is None or (found.index.dims, found.index.metric) == (self.dims, self.metric):
-            return found
-        # Another version has been promoted, or the space was made anew: what these queries were
-        # checked for says nothing of its metric. Postgres checks them anew, this once.
-        self._read_shape()
-        return None
-
-    def _neighbors_of_key(self, key: str, k: int, metadata: bool, strong: bool) -> list[Neighbor]:
-        answering = self._index(strong)
-        vector = None if answering is None else answering.index.vector(key)
-        if answering is not None and vector is not None:
-            found = answering.index.search(vector[None], k + 1)
-            if found is not None:
-                near = [one for one in map(Neighbor, *found[0]) if one.key != key]
-                answer = self._complete(near[:k], metadata, answering)
-                if answer is not None:
-                    return answer
-        function = "nearest_to" if self._by_service else "nearest_exact_to"
-        return self._ask(function, [self._address, key, k], metadata)
-
-    def _by_postgres(self, address: str, query: Vector, k: int, metadata: bool) -> list[Neighbor]:
-        function = "nearest" if self._by_service else "nearest_exact"
-        return self._ask(function, [address, VectorParameter(query), k], metadata)
-
-    def _ask(self, function: str, values: list[object], metadata: bool) -> list[Neighbor]:
-        statement = sql.SQL("SELECT key, distance, {} FROM {}(%s, %s, %s)").format(
-            sql.SQL("metadata" if metadata else "NULL"), sql.Identifier("ehub", function)
-        )
-        with self._database.connection(self._address) as connection:
-            return [Neighbor(*row) for row in connection.execute(statement, values)]
-
-    def _many_by_service(self, queries: Matrix, k: int, metadata: bool) -> list[list[Neighbor]]:
-        statement = sql.SQL(
-            "SELECT q, key, distance, {} FROM ehub.nearest_many(%s, %s, %s)"
-        ).format(sql.SQL("metadata" if metadata else "NULL"))
-        answers: list[list[Neighbor]] = [[] for _ in queries]
-        with self._database.connection(self._address) as connection:
-            vectors = VectorsParameter(queries, self._vector_type(connection))
-            for q, *found in connection.execute(statement, [self._address, vectors, k]):
-                answers[q - 1].append(Neighbor(*found))
-        return answers
-
-    def _vector_type(self, connection: Connection) -> int:
-        """Return the oid of pgvector's type."""
-        oid = connection.execute(
-            "SELECT atttypid FROM pg_attribute"
-            " WHERE attrelid = to_regclass(format('spaces.%%I', %s::text))"
-            " AND attname = 'embedding'",
-            [self._address],
-        ).fetchone()
-        return oid[0] if oid else 0
-
-    def _wait_for_service(self, timeout: float | None) -> None:
-        if not self._database.has_service():
-            raise ServiceError("the database has no index service: run `ehub install-service`")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._database.connection(self._address) as connection:
-            seen = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
-            assert seen is not None  # noqa: S101 - a select without from
-            while True:
-                row = connection.execute(
-                    "SELECT ehub.index_missing(%s, %s::text::pg_snapshot)", [self._address, seen[0]]
-                ).fetchone()
-                if row == (None,):
-                    return
-                if deadline is not None and time.monotonic() > deadline:
-                    why = row and row[0]
-                    raise WaitTimeoutError(
-                        f"space {self._address!r}: the index was not ready in {timeout} seconds:"
-                        f" {why}"
-                    )
-                time.sleep(_WAIT_SECONDS)
-
-    def _complete(
-        self, near: list[Neighbor], metadata: bool, answering: Answering
-    ) -> list[Neighbor] | None:
-        """Add metadata where it is asked for; None if a row is gone since the watermark."""
-        if not metadata or not near:
-            return near
-        # Of the version that the index holds, whichever is current by now.
-        query = sql.SQL("SELECT key, metadata FROM {} WHERE key = ANY(%s)").format(
-            answering.entry.relation
-        )
-        keys = list({one.key for one in near})
-        with self._database.connection(self._address) as connection:
-            notes = dict(connection.execute(query, [keys]).fetchall())
-        if len(notes) < len(keys):
-            return None
-        return [one._replace(metadata=notes[one.key]) for one in near]
-
     def _merge(
         self,
         batches: Iterable[tuple[Sequence[str], Matrix, Sequence[str | None] | None]],
@@ -623,47 +498,3 @@ class Collection(Rows):
         """Remember a transaction that the index must see before it answers this process."""
         if row and self._replica is not None:
             self._replica.wrote(self._address, row[0])
-
-    def _read_shape(self) -> _Shape:
-        space, at, version = self._address.partition("@")
-        with self._database.connection(self._address) as connection:
-            row = connection.execute(
-                "SELECT version, dims, metric, m, ef_construction, target_recall, frozen"
-                " FROM ehub.catalogue"
-                " WHERE space = %s AND CASE WHEN %s THEN version = %s ELSE current END",
-                [space, bool(at), version],
-            ).fetchone()
-            if row is None:
-                # It knows what is missing, and says it.
-                connection.execute("SELECT ehub.require_space(%s)", [self._address])
-        assert row is not None  # noqa: S101 - else that has raised
-        self._shape = _Shape(*row)
-        return self._shape
-
-    def _pinned(self) -> str:
-        """Return the address of the version that is meant now."""
-        return f"{self._address.partition('@')[0]}@{self._read_shape().version}"
-
-    def _relation(self, keys: list[str] | None = None) -> sql.Composable:
-        return self._view
-
-    def _as_vector(self, value: object, name: str) -> Vector:
-        return self._checked(lambda: values.as_vector(value, self.dims, self.metric, name))
-
-    def _as_matrix(self, value: object, names: Sequence[str] | str) -> Matrix:
-        return self._checked(lambda: values.as_matrix(value, self.dims, self.metric, names))
-
-    def _checked(self, check: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Check a value; what the space is may have changed since this handle was made."""
-        try:
-            return check()
-        except InvalidValueError:
-            before = self._shape
-            if self._read_shape() == before:
-                raise
-            return check()
-
-    def _strong(self, consistency: str) -> bool:
-        if consistency not in ("replica", "strong"):
-            raise InvalidValueError(f"consistency is 'replica' or 'strong', not {consistency!r}")
-        return consistency == "strong"

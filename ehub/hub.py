@@ -43,12 +43,18 @@ class Hub:
         M: int = 16,
         ef_construction: int = 200,
         target_recall: float = 0.95,
+        partition_by: str | None = None,
     ) -> Space:
         """Make a space for vectors of ``dims`` numbers.
 
         ``metric`` is ``l2`` (Euclidean), ``cosine`` or ``ip`` (negative inner product). ``M`` and
         ``ef_construction`` are HNSW's build parameters; ``target_recall`` is the share of the true
         10 nearest that a search is to find: the index measures which ``ef`` reaches it.
+
+        ``partition_by`` is a field of the metadata, like a tenant, by whose values rows are
+        searched apart: each row must have it then, as a string, number or boolean. Large partitions
+        have a graph of their own, small ones are compared exactly, and there is none over all rows:
+        a search without ``partition=`` goes through all of them.
 
         Raises:
             InvalidNameError: not 1 to 40 letters, digits, ``_``, ``-`` or ``.``.
@@ -62,10 +68,11 @@ class Hub:
             values.as_whole("M", M),
             values.as_whole("ef_construction", ef_construction),
             values.as_number("target_recall", target_recall),
+            None if partition_by is None else values.as_name("a field", partition_by),
         ]
         with self._database.connection() as connection:
             connection.execute(
-                "SELECT ehub.create_space(%s, %s::int, %s, %s::int, %s::int, %s)", parameters
+                "SELECT ehub.create_space(%s, %s::int, %s, %s::int, %s::int, %s, %s)", parameters
             )
         return self.get_space(name)
 

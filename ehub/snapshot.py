@@ -241,7 +241,7 @@ class Snapshot:
             InvalidValueError: ``k``, the vector, or not just one of ``key`` and ``vector``.
         """
         count = values.as_count(k)
-        values.require_one_of(key, vector)
+        values.require_one_of(key=key, vector=vector)
         if key is not None:
             (found,) = self._nearest(self._row(key)[0][None], count + 1)
             near = [one for one in found if one.key != key][:count]

@@ -137,6 +137,7 @@ class Space(Collection):
         M: int | None = None,
         ef_construction: int | None = None,
         target_recall: float | None = None,
+        partition_by: str | None = None,
     ) -> Version:
         """Make a version beside the others; readers of the space do not see it.
 
@@ -158,11 +159,12 @@ class Space(Collection):
             if ef_construction is None
             else values.as_whole("ef_construction", ef_construction),
             None if target_recall is None else values.as_number("target_recall", target_recall),
+            None if partition_by is None else values.as_name("a field", partition_by),
         ]
         _version_address(self._address, name)
         with self._database.connection(self._address) as connection:
             connection.execute(
-                "SELECT ehub.create_version(%s, %s, %s::int, %s, %s, %s::int, %s::int, %s)",
+                "SELECT ehub.create_version(%s, %s, %s::int, %s, %s, %s::int, %s::int, %s, %s)",
                 [self._address, name, *parameters],
             )
         return self.version(name)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
 from rich.text import Text
+
+from ehub.errors import InvalidFilterError
 
 out = Console(soft_wrap=True, highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -24,6 +27,26 @@ Address = Annotated[
         metavar="SPACE[@VERSION]", show_default=False, help="Without one, the current version."
     ),
 ]
+
+Filter = Annotated[
+    str | None,
+    typer.Option("--filter", metavar="JSON", help='Only rows that match: \'{"lang": "en"}\'.'),
+]
+
+
+def as_object(text: str | None) -> dict[str, Any] | None:
+    """Read the JSON of a filter.
+
+    Raises:
+        InvalidFilterError: it is none.
+    """
+    if text is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise InvalidFilterError(f"filter: not JSON: {error}") from None
+    return found
 
 
 def print_table(columns: list[str], rows: list[list[str]], title: str | None = None) -> None:

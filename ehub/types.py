@@ -28,6 +28,10 @@ Metadata: TypeAlias = Mapping[str, Any]
 """A JSON object."""
 
 
+Partition: TypeAlias = str | int | float | bool
+"""What a row has in the field that its space is partitioned by; goes by its text."""
+
+
 class Neighbor(NamedTuple):
     """One row of an answer, nearest first.
 

@@ -7,6 +7,7 @@ too; these functions exist to name the wrong value before a batch is streamed.
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
@@ -14,6 +15,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from ehub.errors import (
+    InvalidFilterError,
     InvalidKeyError,
     InvalidMetadataError,
     InvalidNameError,
@@ -113,14 +115,63 @@ def as_name(what: str, name: object) -> str:
     return name
 
 
-def require_one_of(key: object, vector: object) -> None:
-    """Refuse a search for the neighbours of neither a key nor a vector, or of both.
+def as_filter(matching: object) -> str | None:
+    """Return a filter as JSON text, None for none; what is in it Postgres checks.
+
+    Raises:
+        InvalidFilterError: not a mapping, or nothing that JSON can write.
+    """
+    if matching is None or matching == {}:
+        return None
+    try:
+        return as_json(matching, "filter")
+    except InvalidMetadataError as error:
+        raise InvalidFilterError(str(error).replace("metadata", "it", 1)) from None
+
+
+def as_partition(partition: object) -> str | None:
+    """Return the text that a partition goes by, None for none: what ``->>`` makes of its value.
+
+    Raises:
+        InvalidValueError: neither a string nor a number nor a boolean.
+    """
+    if partition is None:
+        return None
+    if isinstance(partition, str) and "\0" not in partition:
+        return partition
+    if not isinstance(partition, int | float) or not math.isfinite(partition):
+        raise InvalidValueError(
+            f"a partition is a string without NUL, a number, True or False, not {partition!r}"
+        )
+    return json.dumps(partition)
+
+
+def as_examples(name: str, examples: object) -> tuple[list[str], list[float] | None]:
+    """Return the keys of examples, and their weights if they are a mapping to these.
+
+    Raises:
+        InvalidKeyError: one of them is not a key.
+        InvalidValueError: there are none, or a weight is not a number; Postgres checks the rest.
+    """
+    if isinstance(examples, Mapping):
+        weights = [as_number(f"the weight of {key!r}", value) for key, value in examples.items()]
+        return as_keys(examples), weights
+    if not isinstance(examples, Iterable):
+        raise InvalidValueError(f"{name} is a list of keys or maps them to weights: {examples!r}")
+    return as_keys(examples), None
+
+
+def require_one_of(**given: object) -> None:
+    """Refuse a search for the neighbours of nothing, or of several things.
 
     Raises:
         InvalidValueError: not just one of them is given.
     """
-    if (key is None) == (vector is None):
-        raise InvalidValueError("give either key= or vector=, and not both")
+    if sum(value is not None for value in given.values()) != 1:
+        names = [f"{name}=" for name in given]
+        raise InvalidValueError(
+            f"give either {', '.join(names[:-1])} or {names[-1]}, and just one of them"
+        )
 
 
 def require_some(queries: Matrix) -> Matrix:

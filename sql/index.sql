@@ -162,38 +162,36 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.choose_index(
     role regrole,
     version_id bigint,
-    filter jsonb,
-    partition text,
     name text,
-    OUT index_id bigint,
-    OUT filter jsonb,
-    OUT partition text
+    INOUT filter jsonb,
+    INOUT partition text,
+    OUT index_id bigint
 )
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
 DECLARE
+    asked jsonb := filter;
     chosen record;
     field text;
 BEGIN
-    index_id := ehub.index_of($1, $2);
-    filter := $3;
-    partition := $4;
+    index_id := ehub.index_of(role, version_id);
     IF index_id IS NULL THEN
         RETURN;
-    ELSIF NOT ehub.sees_all_rows($1, $2) THEN
-        IF $4 IS NOT NULL THEN
+    ELSIF NOT ehub.sees_all_rows(role, version_id) THEN
+        IF partition IS NOT NULL THEN
             -- Its index is over the rows that it sees, and not by partitions.
-            SELECT v.partition_by INTO field FROM ehub.version AS v WHERE v.id = $2;
-            IF ehub.limits_of($1, $2) = ARRAY[jsonb_build_object(field, $4)] THEN
+            SELECT v.partition_by INTO field FROM ehub.version AS v WHERE v.id = version_id;
+            IF ehub.limits_of(role, version_id) = ARRAY[jsonb_build_object(field, partition)] THEN
                 partition := NULL;
             ELSE
                 index_id := NULL;
             END IF;
         END IF;
         RETURN;
-    ELSIF $4 IS NOT NULL THEN
+    ELSIF partition IS NOT NULL THEN
         RETURN;
     END IF;
-    SELECT i.id, i.filter = $3 AS same INTO chosen
+    SELECT i.id, i.filter = asked AS same INTO chosen
     FROM ehub.index AS i
     LEFT JOIN LATERAL (
         SELECT r.rows, r.state FROM ehub.replica AS r
@@ -201,9 +199,9 @@ BEGIN
         ORDER BY r.state = 'ready' DESC LIMIT 1
     ) AS r ON true
     WHERE i.version_id = $2 AND i.name IS NOT NULL
-        AND (i.filter = $3 OR ehub.implies($3, i.filter))
-        AND (i.name = $5 OR r.state = 'ready')
-    ORDER BY i.name = $5 DESC NULLS LAST, i.filter = $3 DESC, r.rows LIMIT 1;
+        AND (i.filter = asked OR ehub.implies(asked, i.filter))
+        AND (i.name = $3 OR r.state = 'ready')
+    ORDER BY i.name = $3 DESC NULLS LAST, i.filter = asked DESC, r.rows LIMIT 1;
     IF FOUND THEN
         index_id := chosen.id;
         IF chosen.same THEN

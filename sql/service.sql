@@ -252,7 +252,7 @@ BEGIN
         index_id := ehub.index_of(me, version_id);
     ELSE
         SELECT c.index_id, c.filter, c.partition INTO index_id, filter, partition
-        FROM ehub.choose_index(me, version_id, filter, partition, index) AS c;
+        FROM ehub.choose_index(me, version_id, index, filter, partition) AS c;
     END IF;
     IF index_id IS NULL THEN
         reason := 'no index has just the rows that may be read';

@@ -251,6 +251,11 @@ class HnswIndex:
         """Return the selections that there are, by name, to look at."""
         return self._selections.copy()
 
+    def deselect(self) -> None:
+        """Forget all selections."""
+        with self._lock.write():
+            self._selections.clear()
+
     def plan(self, k: int, selection: str | None = None, queries: int = 1) -> Plan | None:
         """Say how a search would be answered; None where there is no such selection."""
         if selection is None:

@@ -221,6 +221,17 @@ class PartitionedIndex:
             return None
         return Proposed([one.keys for one in found[0]], found[1], Plan("rows", rows, rows))
 
+    def plan(self, k: int, partition: str | None = None) -> Plan:
+        """Say how a search would be answered."""
+        with self._lock.read():
+            searched = None if partition is None else self._partitions.get(partition)
+            if searched is not None and isinstance(searched.rows, HnswIndex):
+                plan = searched.rows.plan(k)
+                if plan is not None:
+                    return plan
+            rows = self._len if partition is None else 0 if searched is None else len(searched.rows)
+        return Plan("rows", rows, rows)
+
     def _found(
         self, queries: Matrix, k: int, name: str | None, ef: int
     ) -> tuple[list[Found], object] | None:

@@ -202,6 +202,11 @@ class Copy:
         """Whether it may answer."""
         return self.state is State.READY and self.index is not None and self.watermark is not None
 
+    def ask(self, text: str) -> None:
+        """Remember that a search has a filter, which the index may come to know. Of any thread."""
+        if self.filters.ask(text):
+            self._shared.interrupt()
+
     def settled(self) -> bool:
         """Whether it answers, or cannot for now: others need not wait for it."""
         return self.serving() or self.state is State.FAILED
@@ -232,6 +237,9 @@ class Copy:
             if self.index is not None:
                 self.redo |= self.unacknowledged
                 self.watermark = self.acknowledged
+                if isinstance(self.index, HnswIndex):
+                    # What was read for them is not among the keys that are read again.
+                    self.index.deselect()
             if self.fresh is not None:
                 self.fresh.redo |= self.fresh.applied
                 self.fresh.watermark = self.acknowledged
@@ -259,11 +267,8 @@ class Copy:
             self.state = State.COMPARING
             self._submit("compare", self._compare, index)
             return False
-        selected = self._usable_selected(index, fresh)
         try:
             keys = changed_keys(worker, self.entry, watermark, redo)
-            if selected is not None:
-                keys |= changed_keys(worker, self.entry, selected.watermark, set())
         except Behind as why:
             _log.info("%s: %s; building its index anew", self.entry.address, why)
             self.state = State.BUILDING
@@ -277,6 +282,12 @@ class Copy:
                 self.blocked_until = time.monotonic() + 0.5
             return True
         stamp = self._shared.stamp(snapshot)
+        selected = self._usable_selected(index, fresh)
+        if selected is not None:
+            try:
+                keys |= changed_keys(worker, self.entry, selected.watermark, set())
+            except Behind:
+                selected = None
         if keys or selected is not None:
             self._apply(index, keys, worker, selected, stamp)
         index.as_of = stamp

@@ -51,18 +51,20 @@ class Filters:
         self.conditions: dict[str, str] = {}
         """Those that the index has a selection for, and what they are in SQL."""
 
-    def ask(self, text: str) -> None:
-        """Remember that a search has this filter."""
+    def ask(self, text: str) -> bool:
+        """Remember that a search has this filter; True if there is something to do now."""
         now = time.monotonic()
         with self._mutex:
             before = self._asked.pop(text, None)
             self._asked[text] = now
-            if before is not None and now - before < _AGAIN_SECONDS:
+            new = before is not None and now - before < _AGAIN_SECONDS and text not in self._again
+            if new:
                 self._again.add(text)
             if len(self._asked) > _REMEMBERED:
                 oldest = next(iter(self._asked))
                 del self._asked[oldest]
                 self._again.discard(oldest)
+            return new
 
     def due(self, index: HnswIndex) -> dict[str, bool]:
         """Return the filters to select now, and whether their vectors are needed at any rate."""

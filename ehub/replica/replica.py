@@ -26,10 +26,11 @@ from psycopg import errors as pg
 
 from ehub.database import Connection, Database, is_lost
 from ehub.errors import EhubError, UnavailableError, WaitTimeoutError
-from ehub.index import AnyIndex
+from ehub.index import AnyIndex, Found, HnswIndex, PartitionedIndex, Plan
 from ehub.listener import Listener
 from ehub.replica.copy import Copy, Progress, Shared, State
 from ehub.replica.log import Entry, read_catalogue, take_snapshot
+from ehub.types import Matrix
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ _PATIENCE_SECONDS = 1.0
 _TRUST_SECONDS = 30.0
 _TRIM_SECONDS = 60.0
 _LEAVE_SECONDS = 30.0
+_MOST_FITTING = 10_000
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +55,21 @@ class Answering:
 
     index: AnyIndex
     entry: Entry
+    # Over all rows, and what of the index matches, if not all of it does.
+    whole: AnyIndex
+    selection: str | None = None
+
+    def search(self, queries: Matrix, k: int, partition: str | None = None) -> list[Found] | None:
+        """Find the ``k`` nearest of each query among the rows that match; None where it cannot."""
+        if isinstance(self.index, PartitionedIndex):
+            return self.index.search(queries, k, partition)
+        return self.index.search(queries, k, self.selection)
+
+    def plan(self, k: int, partition: str | None = None) -> Plan | None:
+        """Say how it would be answered."""
+        if isinstance(self.index, PartitionedIndex):
+            return self.index.plan(k, partition)
+        return self.index.plan(k, self.selection)
 
 
 class Replica:
@@ -90,6 +107,8 @@ class Replica:
         self._copies: dict[int, Copy] = {}
         self._meant: dict[str, Copy] = {}
         self._written: dict[str, set[int]] = {}
+        # By what was asked among: the indexes that have all of it, and what must match still.
+        self._fitting: dict[tuple[str, str | None, str | None], list[tuple[int, str | None]]] = {}
         # Copies that are kept no more, and whose leases are to end.
         self._gone: list[Copy] = []
         self._started = 0
@@ -146,36 +165,88 @@ class Replica:
                 if _space(wanted) == space:
                     self._written.setdefault(wanted, set()).add(xid)
 
-    def index(self, address: str, *, strong: bool = False) -> Answering | None:
+    def index(
+        self,
+        address: str,
+        *,
+        strong: bool = False,
+        among: tuple[str | None, str | None] | None = None,
+    ) -> Answering | None:
         """Return the index of a space or version where it may answer, else None.
+
+        ``among`` is a filter, as JSON, and the name of a sub-index: then it is one that has all
+        those rows, the smallest that can answer. A filter that comes again is remembered.
 
         It may if it is ready and sees what this process wrote; ``strong``: all that was committed
         before the call. Waits a moment for either. And only while the database was heard of half
         a minute ago at the most: what one may read can be taken away.
         """
-        written: Collection[int] = self._written.get(address, ())
+        # A version that was not asked for by itself is followed by the name of its space.
+        followed = address if address in self._wanted else _space(address)
+        written: Collection[int] = self._written.get(followed, ())
         if written:
             with self._shared.changed:
                 written = tuple(written)
-        copy = self._meant.get(address)
-        if copy is None or not copy.serving() or time.monotonic() - self._heard > _TRUST_SECONDS:
+        chosen = self._choose(address, among)
+        if chosen is None or time.monotonic() - self._heard > _TRUST_SECONDS:
             return None
-        watermark = copy.watermark
+        watermark = chosen[0].watermark
         if strong or watermark is None or not all(watermark.sees(xid) for xid in written):
             # A backlog that is a job of its own is not waited for.
-            cycle = None if copy.job == "catch up" else self._next_cycle(_PATIENCE_SECONDS)
-            copy = self._meant.get(address)
-            if cycle is None or copy is None or not copy.serving() or copy.brought < cycle:
+            busy = chosen[0].job == "catch up"
+            cycle = None if busy else self._next_cycle(_PATIENCE_SECONDS)
+            chosen = self._choose(address, among)
+            if cycle is None or chosen is None or chosen[0].brought < cycle:
                 return None
-            watermark = copy.watermark
-        index = copy.index
+            watermark = chosen[0].watermark
+        copy, selection = chosen
+        index, whole = copy.index, self._meant[address].index
         if index is None or watermark is None or not all(watermark.sees(xid) for xid in written):
             return None
         if written:
             # Seen once is seen for good.
             with self._shared.changed:
-                self._written[address].difference_update(written)
-        return Answering(index, copy.entry)
+                self._written[followed].difference_update(written)
+        return Answering(index, copy.entry, index if whole is None else whole, selection)
+
+    def _choose(
+        self, address: str, among: tuple[str | None, str | None] | None
+    ) -> tuple[Copy, str | None] | None:
+        """Return a copy that answers, and its selection to search; None where there is none."""
+        whole = self._meant.get(address)
+        if among is None or whole is None:
+            return None if whole is None or not whole.serving() else (whole, None)
+        best: tuple[Copy, str | None] | None = None
+        for index_id, rest in self._fitting_indexes(address, among):
+            copy = self._copies.get(index_id)
+            if copy is None or not copy.serving() or copy.index is None:
+                continue
+            if best is None or len(copy.index) < len(best[0].index or ()):
+                best = copy, rest
+        if best is None or best[1] is None:
+            return best
+        copy, rest = best[0], best[1]
+        copy.ask(rest)
+        index = copy.index
+        if isinstance(index, HnswIndex) and rest in index.selections():
+            return best
+        return None
+
+    def _fitting_indexes(
+        self, address: str, among: tuple[str | None, str | None]
+    ) -> list[tuple[int, str | None]]:
+        """Return the indexes that have all those rows, and what must match still, as JSON."""
+        fitting = self._fitting.get((address, *among))
+        if fitting is None:
+            with self._database.connection(address) as connection:
+                fitting = connection.execute(
+                    "SELECT index_id, rest::text FROM ehub.indexes_for(%s, %s::jsonb, %s)",
+                    [address, *among],
+                ).fetchall()
+            if len(self._fitting) >= _MOST_FITTING:
+                self._fitting.clear()
+            self._fitting[(address, *among)] = fitting
+        return fitting
 
     def _next_cycle(self, timeout: float | None) -> int | None:
         """Wait for a cycle that begins after this call; None if none ended in time."""
@@ -398,6 +469,7 @@ class Replica:
     def _update_copies(self, worker: Connection) -> None:
         entries = read_catalogue(worker, None if self._everything else self._wanted)
         meant = {}
+        before = set(self._copies)
         for entry in entries:
             copy = self._copies.get(entry.index_id)
             if copy is None:
@@ -413,6 +485,8 @@ class Replica:
             if entry.current:
                 meant[entry.space] = copy
         # From here on nobody is answered from what is to go.
+        if meant != self._meant or {entry.index_id for entry in entries} != before:
+            self._fitting.clear()
         self._meant = meant
         for index_id in self._copies.keys() - {entry.index_id for entry in entries}:
             gone = self._copies.pop(index_id)

@@ -181,7 +181,7 @@ class Answers:
         elif asked.filter is None:
             found = index.propose(queries, asked.k, asked.ef)
         else:
-            copy.filters.ask(asked.filter)
+            copy.ask(asked.filter)
             if asked.filter in index.selections():
                 found = index.propose(queries, asked.k, asked.ef, asked.filter)
             if found is None:

@@ -166,6 +166,7 @@ def test_strangers_may_look_but_there_is_nothing_to_see(hub, db):
             "promotions",
             "setting",
             "status",
+            "sub_indexes",
             "versions",
             "whoami",
         ]
