@@ -69,7 +69,7 @@ BEGIN
             INTO inner_parts FROM jsonb_array_elements(wanted) AS one;
             part := CASE
                 WHEN inner_parts <> '{}' THEN
-                    array_to_string(inner_parts, CASE field WHEN 'or' THEN ' || ' ELSE ' && ' END)
+                    ehub.joined(inner_parts, CASE field WHEN 'or' THEN ' || ' ELSE ' && ' END)
                 WHEN field = 'or' THEN '1 == 0'
                 ELSE '1 == 1'
             END;
@@ -78,7 +78,22 @@ BEGIN
         END IF;
         parts := parts || ('(' || part || ')');
     END LOOP;
-    RETURN coalesce(nullif(array_to_string(parts, ' && '), ''), '1 == 1');
+    RETURN CASE WHEN parts = '{}' THEN '1 == 1' ELSE ehub.joined(parts, ' && ') END;
+END $$;
+
+-- Parts with an operator between them. Many are joined in groups: jsonpath goes as deep as a chain is
+-- long, and then the stack is too small for it.
+CREATE OR REPLACE FUNCTION ehub.joined(parts text[], operator text) RETURNS text
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF cardinality(parts) > 500 THEN
+        SELECT array_agg(g.part) INTO parts FROM (
+            SELECT '(' || string_agg(p.part, operator ORDER BY p.place) || ')' AS part
+            FROM unnest(parts) WITH ORDINALITY AS p (part, place)
+            GROUP BY p.place / 500 ORDER BY p.place / 500
+        ) AS g;
+    END IF;
+    RETURN array_to_string(parts, operator);
 END $$;
 
 -- The steps of jsonpath to a field.
@@ -87,7 +102,7 @@ LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF strpos(field, '.') = 0 AND strpos(field, '\') = 0 AND field <> '' THEN
         RETURN '$.' || to_json(field);
-    ELSIF field ~ '^\.|[^\\]\.\.|[^\\]\.$|^$|\\$' THEN
+    ELSIF field !~ '^([^.\\]|\\.)+(\.([^.\\]|\\.)+)*$' THEN
         PERFORM ehub.refuse_filter(format('a field has a name, %s has an empty one', to_json(field)));
     END IF;
     RETURN '$' || (
@@ -147,8 +162,8 @@ BEGIN
                 END IF;
                 PERFORM ehub.require_scalar(field, operator, one)
                 FROM jsonb_array_elements(value) AS one;
-                SELECT coalesce(string_agg(format('@ == %s', one), ' || '), '1 == 0') INTO choices
-                FROM jsonb_array_elements(value) AS one;
+                SELECT coalesce(ehub.joined(array_agg(format('@ == %s', one)), ' || '), '1 == 0')
+                INTO choices FROM jsonb_array_elements(value) AS one;
                 IF operator = 'in' THEN
                     element := element || ('(' || choices || ')');
                 ELSE
@@ -226,7 +241,8 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         WHERE NOT EXISTS (
             SELECT FROM ehub.filter_parts(filter) AS f
             WHERE (f.field, f.word, f.wanted) IS NOT DISTINCT FROM (w.field, w.word, w.wanted)
-                OR f.field = w.field AND ehub.element_implies(f.wanted, w.wanted)
+                -- No AND: that looks at its right side also where the left one is unknown.
+                OR CASE WHEN f.field = w.field THEN ehub.element_implies(f.wanted, w.wanted) END
         )
     )
 $$;

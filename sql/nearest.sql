@@ -183,8 +183,8 @@ BEGIN
         $template$,
         'check_v' || version_id, 'v' || version_id, ehub.distance_operator(metric), version_id
     );
-    -- The same among rows that match. Where the candidates need not, an answer that is not full is
-    -- none: there may be more farther out.
+    -- The same among rows that match. Where the candidates need not, all is known as far out as the
+    -- farthest of them lies that matches and has not changed; an answer that goes farther is none.
     EXECUTE format(
         $template$
             CREATE OR REPLACE FUNCTION ehub_data.%1$I(
@@ -194,17 +194,27 @@ BEGIN
             LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $body$
             BEGIN
                 RETURN QUERY
-                WITH near AS MATERIALIZED (
+                WITH deciding AS MATERIALIZED (
+                    SELECT ehub.deciding_keys(%4$s, $3, $2, $4, $5) AS keys
+                ), near AS MATERIALIZED (
                     SELECT t.key, 0.0 + (t.embedding %3$s $1) AS distance, t.metadata
                     FROM ehub_data.%2$I AS t
-                    WHERE t.key = ANY (
-                        (SELECT ehub.deciding_keys(%4$s, $3, $2, $4, $5))::text[]
-                    ) AND ($7 IS NULL OR t.key <> ALL ($7))
+                    WHERE t.key = ANY ((SELECT d.keys FROM deciding AS d)::text[])
+                        AND ($7 IS NULL OR t.key <> ALL ($7))
                         AND ($8 IS NULL OR t.metadata @@ $8)
                         AND ($9 IS NULL OR t.metadata ->> %5$L = $9)
-                    ORDER BY 2, 1 LIMIT $6
                 )
-                SELECT n.* FROM near AS n WHERE $10 OR (SELECT count(*) FROM near) >= $6;
+                SELECT n.* FROM near AS n
+                WHERE $10 OR $6 <= (
+                    SELECT count(*) FROM near AS inside WHERE inside.distance <= (
+                        SELECT max(same.distance) FROM near AS same WHERE NOT EXISTS (
+                            SELECT FROM deciding AS d,
+                                unnest(d.keys[cardinality($2) + 1 :]) AS changed (key)
+                            WHERE changed.key = same.key
+                        )
+                    )
+                )
+                ORDER BY 2, 1 LIMIT $6;
             END $body$
         $template$,
         'check_matching_v' || version_id, 'v' || version_id, ehub.distance_operator(metric),

@@ -251,6 +251,8 @@ BEGIN
     IF filter IS NULL AND partition IS NULL THEN
         index_id := ehub.index_of(me, version_id);
     ELSE
+        -- Whoever calls this may send anything, and the service reads what matches for all of them.
+        PERFORM ehub.filter_path(filter);
         SELECT c.index_id, c.filter, c.partition INTO index_id, filter, partition
         FROM ehub.choose_index(me, version_id, index, filter, partition) AS c;
     END IF;

@@ -80,6 +80,40 @@ FUNCTIONS = {
         "ehub.create_average('another', 'secret', 'tenant')",
     ),
     "refuse_average": (ANYBODY, "ehub.refuse_average('s')", "EH025"),
+    "conditions": (ANYBODY, f"ehub.conditions({ME}, '{{\"a\": 1}}', NULL)"),
+    "element_implies": (ANYBODY, "ehub.element_implies('{\"=\": 1}', '{\"<\": 2}')"),
+    "field_path": (ANYBODY, "ehub.field_path('a.b')"),
+    "filter_condition": (ANYBODY, "ehub.filter_condition('{\"a\": 1}')"),
+    "filter_of_field": (ANYBODY, "ehub.filter_of_field('a', '1')"),
+    "filter_of_index": (ANYBODY, "ehub.filter_of_index(1, 'unknown')", "EH022"),
+    "filter_parts": (ANYBODY, "ehub.filter_parts('{\"a\": 1}')"),
+    "filter_path": (ANYBODY, "ehub.filter_path('{\"a\": 1}')"),
+    "filter_text": (ANYBODY, "ehub.filter_text('{\"a\": 1}', 1)"),
+    "filter_with_index": (ANYBODY, f"ehub.filter_with_index({ME}, '{{\"a\": 1}}', NULL)"),
+    "implies": (ANYBODY, 'ehub.implies(\'{"a": 1}\', \'{"a": {"<": 2}}\')'),
+    "joined": (ANYBODY, "ehub.joined('{a,b}', ' || ')"),
+    "refuse_filter": (ANYBODY, "ehub.refuse_filter('why')", "EH021"),
+    "refuse_partition": (ANYBODY, "ehub.refuse_partition('s', 'f', 'k', '{}')", "EH007"),
+    "require_partition": (ANYBODY, f"ehub.require_partition({ME}, NULL)"),
+    "require_partition_field": (ANYBODY, "ehub.require_partition_field('s', 'f')"),
+    "require_scalar": (ANYBODY, "ehub.require_scalar('f', '=', '1')"),
+    "candidates_needed": ("read", f"ehub.candidates_needed({ME}, '$.a == 1', NULL, 1, 1)"),
+    "distance": ("read", "ehub.distance('secret', 'mine_1', 'mine_2')"),
+    "distances": ("read", "ehub.distances('secret', '{mine_1,mine_2}')"),
+    "estimated_rows": ("read", f"ehub.estimated_rows({ME}, '$.a == 1', NULL)"),
+    "example_query": ("read", "ehub.example_query('secret', '{mine_1}', '{mine_2}')"),
+    "explain_nearest": (
+        "read",
+        f"ehub.explain_nearest('split', {V}, 5, '{{\"note\": \"x\"}}', '43', 'own')",
+    ),
+    "indexes_for": ("read", "ehub.indexes_for('split', '{\"tenant\": 42}')"),
+    "mean_of_examples": ("read", f"ehub.mean_of_examples({ME}, '{{mine_1}}', NULL)"),
+    "nearest_like": ("read", "ehub.nearest_like('secret', '{mine_1}', 50)"),
+    "partitions": ("read", "ehub.partitions('split')"),
+    "within": ("read", f"ehub.within('secret', {V}, 1e9)"),
+    "drop_partition": ("write", "ehub.drop_partition('split', '42')"),
+    "create_index": ("admin", "ehub.create_index('secret', 'new', '{\"tenant\": 42}')"),
+    "drop_index": ("admin", "ehub.drop_index('split', 'own')"),
     "address": (ANYBODY, f"ehub.address({ME})"),
     "choice": (ANYBODY, "ehub.choice('ehub.mode', 'auto', 'exact')"),
     "condition": (ANYBODY, "ehub.condition('{\"a\": 1}')"),
@@ -123,7 +157,7 @@ FUNCTIONS = {
     "nearest_many": ("read", f"ehub.nearest_many('secret', ARRAY[{V}, {V}], 50)"),
     "nearest_of_batch": (
         "read",
-        f"ehub.nearest_of_batch(ehub.require_space('secret'), ARRAY[{V}], 50)",
+        f"ehub.nearest_of_batch(ehub.require_space('secret'), ARRAY[{V}], 50, NULL, NULL, NULL)",
     ),
     "nearest_to": ("read", "ehub.nearest_to('secret', 'mine_1', 50)"),
     "require_space": ("read", "ehub.require_space('secret')"),
@@ -186,6 +220,7 @@ FUNCTIONS = {
         *("drop_followers", "follow", "followers", "hold_average", "like_of"),
         *("refuse_direct_write", "require_no_average", "require_no_followers"),
         *("show_followers", "switch_followers", "unfollow"),
+        *("add_partitions", "choose_index"),
         *("add_default", "add_version", "apply_access", "apply_create", "apply_policies"),
         *(
             "apply_usage",
@@ -267,6 +302,7 @@ def people(server, admin, tmp_path_factory):
             migrate(store)
         with ehub.connect(as_("owner"), index="none") as hub:
             fill(hub, names)
+            split(boss, hub, names)
             connections = {}
             for kind in MAY:
                 conninfo = url if kind == "superuser" else as_(kind)
@@ -280,8 +316,9 @@ def people(server, admin, tmp_path_factory):
             meanwhile = connections["revoked meanwhile"]
             meanwhile.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             assert meanwhile.execute("SELECT count(*) FROM spaces.secret").fetchone() == (8,)
-            hub.get_space("secret").revoke(names["revoked"])
-            hub.get_space("secret").revoke(names["revoked meanwhile"])
+            for space in (hub.get_space("secret"), hub.get_space("split")):
+                space.revoke(names["revoked"])
+                space.revoke(names["revoked meanwhile"])
         yield People(url, names, connections)
     drop_database(admin, database)
     for name in names.values():
@@ -311,6 +348,26 @@ def fill(hub, names, name="secret"):
         hub.grant_create(names["maker"])
         hub.create_space("elsewhere", 2).set("elsewhere", [5, 5])
     return space
+
+
+def split(boss, hub, names):
+    """A space with partitions and sub-indexes, and the grants that the other one has."""
+    boss.execute("SELECT ehub.create_space('split', 2, partition_by => 'tenant')")
+    boss.execute(
+        "INSERT INTO spaces.split SELECT key, embedding,"
+        " jsonb_build_object('tenant', coalesce(metadata -> 'tenant', '43')) || metadata"
+        " FROM spaces.secret"
+    )
+    boss.execute("SELECT ehub.create_index('split', 'own', '{\"tenant\": 42}')")
+    boss.execute("SELECT ehub.create_index('elsewhere', 'own', '{\"elsewhere\": true}')")
+    space = hub.get_space("split")
+    for kind in ("reader", "revoked", "group"):
+        space.grant(names[kind], "read")
+    space.grant(names["revoked meanwhile"], "admin")
+    space.grant(names["writer"], "write")
+    space.grant(names["admin"], "admin")
+    space.grant(names["limited"], "read", rows={"tenant": 42})
+    space.grant(names["limited writer"], "write", rows={"tenant": 42})
 
 
 def attempt(connection, statement, parameters=None):
@@ -390,7 +447,7 @@ def test_relations(people):
     shown = {
         *("audit_trail", "catalogue", "checkpoints", "grants", "indexes", "kept_averages"),
         "migration",
-        *("promotions", "setting", "status", "versions", "whoami"),
+        *("promotions", "setting", "status", "sub_indexes", "versions", "whoami"),
     }
     for schema, relation, relkind in relations:
         about = versions.get(relation, relation)
@@ -441,9 +498,91 @@ def test_status_counts_for_who_asks(people):
         )
         assert counts == [(rows,)], kind
     for kind in ("stranger", "revoked", "revoked meanwhile", "maker"):
-        for view in ("status", "versions", "catalogue", "indexes", "checkpoints", "promotions"):
+        for view in (
+            *("status", "versions", "catalogue", "indexes", "sub_indexes", "checkpoints"),
+            "promotions",
+        ):
             found = people.connections[kind].execute(f"SELECT * FROM ehub.{view}").fetchall()
             assert found == [], (kind, view)
+
+
+ASKED = {
+    "nearest": f"ehub.nearest('split', {V}, 50, filter => %(filter)s)",
+    "nearest_of_partition": f"ehub.nearest('split', {V}, 50, partition => '43')",
+    "nearest_of_index": f"ehub.nearest('split', {V}, 50, index => 'own')",
+    "nearest_exact": f"ehub.nearest_exact('split', {V}, 50, NULL, %(filter)s)",
+    "nearest_to": "ehub.nearest_to('split', 'mine_1', 50, %(filter)s)",
+    "nearest_many": f"ehub.nearest_many('split', ARRAY[{V}], 50, %(filter)s)",
+    "nearest_like": "ehub.nearest_like('split', '{mine_1}', 50, filter => %(filter)s)",
+    "within": f"ehub.within('split', {V}, 1e9, filter => %(filter)s)",
+    "within_at_once": f"ehub.within('split', {V}, 1e9, filter => %(filter)s, complete => false)",
+    "partitions": "ehub.partitions('split')",
+    "sub_indexes": "ehub.sub_indexes",
+    "indexes": "ehub.indexes",
+    "explain": f"ehub.explain_nearest('split', {V}, 5, %(filter)s)",
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_found_by_filters_and_partitions_is_for_who_asks(people, name):
+    for wanted in ('{"note": "classified"}', '{"tenant": 43}', '{"not": {"tenant": 42}}'):
+        statement = f"SELECT * FROM {ASKED[name]}".replace("%(filter)s", f"'{wanted}'")
+        for kind, connection in people.connections.items():
+            said, error = attempt(connection, statement)
+            relation = name in ("sub_indexes", "indexes")
+            assert (error is None) == ("read" in MAY[kind] or relation), (kind, error)
+            # What was asked for is said again where nothing has it.
+            check_silence(kind, said.replace(wanted, ""), name)
+            if kind in ("limited", "limited writer") and name != "explain":
+                assert "43" not in said, kind
+
+
+def test_keys_of_others_are_unknown_to_examples_and_distances(people):
+    for kind in ("limited", "limited writer"):
+        for call in (
+            "ehub.distance('secret', 'mine_1', 'hush_1')",
+            "ehub.distances('secret', '{mine_1,hush_1}')",
+            "ehub.nearest_like('secret', '{hush_1}', 3)",
+            "ehub.nearest_like('secret', '{mine_1}', 3, '{hush_1}')",
+            "ehub.nearest_to('split', 'hush_1', 3, '{\"tenant\": 42}')",
+        ):
+            _, error = attempt(people.connections[kind], f"SELECT * FROM {call}")
+            _, other = attempt(
+                people.connections[kind], f"SELECT * FROM {call.replace('hush_1', 'hush_x')}"
+            )
+            assert error.sqlstate == other.sqlstate == "EH008", (kind, call)
+            assert error.diag.message_primary.replace("hush_1", "hush_x") == (
+                other.diag.message_primary
+            )
+
+
+def test_a_limited_writer_drops_its_rows_of_a_partition_alone(people):
+    writer = people.connections["limited writer"]
+    _, error = attempt(writer, "SELECT ehub.drop_partition('split', '43')")
+    _, other = attempt(writer, "SELECT ehub.drop_partition('split', '44')")
+    assert error.sqlstate == other.sqlstate == "EH024"
+    said, error = attempt(writer, "SELECT ehub.drop_partition('split', '42')")
+    assert error is None
+    assert said == "(3,)"
+
+
+def test_a_forged_target_opens_nothing(people):
+    boss = people.connections["superuser"]
+    (row,) = boss.execute(
+        "SELECT c::text FROM ehub.catalogue AS c WHERE c.space = 'elsewhere'"
+    ).fetchone()
+    target = f"{sql.Literal(row).as_string(boss)}::ehub.catalogue"
+    for kind in ("stranger", "limited", "reader", "admin", "maker"):
+        for call in (
+            f"ehub.estimated_rows({target}, '$.a == 1', NULL)",
+            f"ehub.candidates_needed({target}, '$.a == 1', NULL, 1, 1)",
+            f"ehub.mean_of_examples({target}, '{{elsewhere}}', NULL)",
+            f"ehub.nearest_of_batch({target}, ARRAY[{V}], 5, NULL, NULL, NULL)",
+            f"ehub.filter_with_index({target}, NULL, 'own')",
+        ):
+            _, error = attempt(people.connections[kind], f"SELECT * FROM {call}")
+            assert error is not None, (kind, call)
+            assert error.sqlstate in ("42501", "EH001", "EH022"), (kind, error)
 
 
 METHODS = {
