@@ -220,7 +220,7 @@ FUNCTIONS = {
         *("drop_followers", "follow", "followers", "hold_average", "like_of"),
         *("refuse_direct_write", "require_no_average", "require_no_followers"),
         *("show_followers", "switch_followers", "unfollow"),
-        *("add_partitions", "choose_index"),
+        *("add_partitions", "carry_indexes", "choose_index"),
         *("add_default", "add_version", "apply_access", "apply_create", "apply_policies"),
         *(
             "apply_usage",
