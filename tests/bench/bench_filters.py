@@ -157,7 +157,7 @@ def in_sql(
         exact = "SET enable_bitmapscan = on; SET enable_sort = on; SET enable_seqscan = on"
         # A sum keeps the planner from the HNSW.
         compared = theirs.replace("ORDER BY ", "ORDER BY 0.0 + (").replace(" LIMIT", ") LIMIT")
-        ways = {"ehub": (own, 1, ""), "exact": (compared, 2, exact)}
+        ways = {"ehub": (own, 1, exact), "exact": (compared, 2, exact)}
         db.execute(hnsw)
         reached = ef = 0.0
         for ef in (10, 20, 40, 80, 160, 320, 640, 1000):
@@ -170,8 +170,7 @@ def in_sql(
         rates: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(repeats):
             for kind, (statement, n, setting) in ways.items():
-                if setting:
-                    db.execute(setting)
+                db.execute(setting)
                 count = QUERIES if kind == "ehub" else 50
                 started = time.perf_counter()
                 for number in range(count):
