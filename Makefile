@@ -32,8 +32,10 @@ check: lint types test
 bench: setup  ## beside raw hnswlib, and beside pgvector's HNSW with EHUB_TEST_DATABASE_URL; needs FILE=glove.txt
 	$(BIN)/python tests/bench/bench.py $(FILE)
 	$(BIN)/python tests/bench/bench_versions.py $(FILE)
+	$(BIN)/python tests/bench/bench_parts.py $(FILE)
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_sql.py $(FILE))
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_access.py $(FILE))
+	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_filters.py $(FILE))
 
 soak: setup  ## writers and searchers beside a service that is restarted; EHUB_TEST_DATABASE_URL
 	$(BIN)/python tests/bench/soak.py --minutes $(or $(MINUTES),20)

@@ -237,7 +237,8 @@ def status(as_json: Json = False, url: Url = None) -> None:
         table.append(
             [
                 (row["space"] if row["current"] else f"{row['space']}@{row['version']}")
-                + "".join(f" {json.dumps(limit)}" for limit in row["of_rows"] or ()),
+                + "".join(f" {json.dumps(limit)}" for limit in row["of_rows"] or ())
+                + (f" {row['index']}" if row["index"] else ""),
                 f"{row['rows']:,}",
                 str(row["dims"]),
                 row["metric"],

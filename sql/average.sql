@@ -571,6 +571,7 @@ BEGIN
         SELECT s.current_version_id INTO current FROM ehub.space AS s
         WHERE s.id = follower.space_id;
         PERFORM ehub.carry_policies('ehub_data.v' || current, 'ehub_data.v' || version_id);
+        PERFORM ehub.carry_indexes(like_model.version_id, version_id);
         PERFORM ehub.apply_access(follower.space_id);
     END LOOP;
 END $$;

@@ -57,6 +57,14 @@ BEGIN
     RETURN made;
 END $$;
 
+-- Give a new version the sub-indexes of another: searches by their names go on when it is promoted.
+CREATE OR REPLACE FUNCTION ehub.carry_indexes(source bigint, target bigint) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO ehub.index (version_id, m, ef_construction, target_recall, name, filter)
+    SELECT target, i.m, i.ef_construction, i.target_recall, i.name, i.filter
+    FROM ehub.index AS i WHERE i.version_id = source AND i.name IS NOT NULL
+$$;
+
 -- Drop an index that ehub.create_index has made.
 CREATE OR REPLACE FUNCTION ehub.drop_index(
     space text,

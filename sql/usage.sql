@@ -14,12 +14,12 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'filter_path', 'filter_text', 'filter_with_index', 'get', 'implies', 'index_missing',
         'indexes_for', 'joined', 'mean_of_examples', 'merge_staged', 'nearest', 'nearest_at',
         'nearest_exact', 'nearest_exact_to', 'nearest_like', 'nearest_many', 'nearest_of_batch',
-        'nearest_to', 'overlap', 'overlap_of_queries', 'partitions', 'refuse_average', 'refuse_filter',
-        'refuse_key', 'refuse_partition', 'refuse_row', 'refuse_space', 'relation_at',
-        'relation_of_diff', 'require_checkpoint', 'require_exact_is_allowed', 'require_partition',
-        'require_partition_field', 'require_query', 'require_read_committed', 'require_scalar',
-        'require_space', 'require_usable', 'rows_at', 'set', 'shared', 'stage', 'stop_writers',
-        'whole_setting', 'within', 'write_staged',
+        'nearest_to', 'overlap', 'overlap_of_queries', 'partitions', 'refuse_average',
+        'refuse_filter', 'refuse_key', 'refuse_partition', 'refuse_row', 'refuse_space',
+        'relation_at', 'relation_of_diff', 'require_checkpoint', 'require_exact_is_allowed',
+        'require_partition', 'require_partition_field', 'require_query', 'require_read_committed',
+        'require_scalar', 'require_space', 'require_usable', 'rows_at', 'set', 'shared', 'stage',
+        'stop_writers', 'whole_setting', 'within', 'write_staged',
         -- With the owner's rights, for callers who see all rows of a version; of who calls.
         'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_log', 'images', 'lag',
         'me', 'sees_all', 'this_statement',
@@ -88,6 +88,8 @@ BEGIN
 END $$;
 
 SELECT ehub.apply_usage();
+-- A function that was made anew has lost who may call it.
+SELECT ehub.apply_create();
 
 -- What was granted by hand before there was a record is recorded once, as far as it can be.
 DO $$

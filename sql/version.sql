@@ -49,10 +49,7 @@ BEGIN
         CASE WHEN from_version IS NOT NULL THEN source.version_id END, $9
     );
     PERFORM ehub.carry_policies('ehub_data.v' || current.version_id, 'ehub_data.v' || made);
-    -- Searches by name go on where this version is promoted.
-    INSERT INTO ehub.index (version_id, m, ef_construction, target_recall, name, filter)
-    SELECT made, i.m, i.ef_construction, i.target_recall, i.name, i.filter
-    FROM ehub.index AS i WHERE i.version_id = source.version_id AND i.name IS NOT NULL;
+    PERFORM ehub.carry_indexes(source.version_id, made);
     PERFORM ehub.apply_access(owner);
     PERFORM ehub.add_followers($1, made, source.version_id);
     PERFORM ehub.log_action(

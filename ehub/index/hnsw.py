@@ -467,6 +467,12 @@ class HnswIndex:
             self.as_of = as_of
             for name in self._selections.keys() - selections.keys():
                 del self._selections[name]
+            if self._selections:
+                # Whether those match is said anew, by the labels that they get.
+                touched = {*changed, *deleted, *self._keys[self._visible :]}
+                before = self._labels_of(touched)
+                for selection in self._selections.values():
+                    selection.leave(before)
             for key in deleted:
                 self._bury(self._labels.pop(key, None))
             for label in range(self._visible, len(self._keys)):
@@ -476,9 +482,9 @@ class HnswIndex:
             self._visible = len(self._keys)
             self._rows = len(self._labels)
             for name, members in selections.items():
-                self._change(name, changed, members)
+                self._select(name, members)
 
-    def _change(self, name: str, changed: Collection[str], members: Members) -> None:
+    def _select(self, name: str, members: Members) -> None:
         labels = self._labels
         if members.others is not None:
             vectors = members.vectors
@@ -487,12 +493,7 @@ class HnswIndex:
                 vectors = self._comparable(vectors[known])
             others = self._labels_of(members.others)
             self._selections[name] = Selection(others, vectors, self._graph.get_max_elements())
-        selection = self._selections[name]
-        for key in changed:
-            label = labels.get(key)
-            if label is not None and key not in members.matching:
-                selection.leave(label)
-        selection.enter(self._labels_of(members.matching), self._stored)
+        self._selections[name].enter(self._labels_of(members.matching), self._stored)
 
     def _labels_of(self, keys: Collection[str]) -> NDArray[np.int64]:
         """Return the labels of the keys that there are, in their order."""
@@ -619,8 +620,6 @@ class HnswIndex:
             self._keys[label] = ""
             self._tail.bury(label)
             self._tombstones += 1
-            for selection in self._selections.values():
-                selection.leave(label)
 
     def _query(
         self, queries: Matrix, k: int

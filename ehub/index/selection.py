@@ -69,11 +69,11 @@ class Selection:
             return np.where(labels < len(self._mask), self._mask[labels % len(self._mask)], False)
         return self._mask[labels]
 
-    def leave(self, label: int) -> None:
-        """Take a label out, if it is in."""
-        if label < len(self._mask) and self._mask[label]:
-            self._mask[label] = False
-            self._rows -= 1
+    def leave(self, labels: NDArray[np.int64]) -> None:
+        """Take labels out that are in."""
+        inside = labels[self.holds(labels)]
+        self._mask[inside] = False
+        self._rows -= len(inside)
 
     def enter(
         self, labels: NDArray[np.int64], vectors: Callable[[NDArray[np.int64]], Matrix]

@@ -187,7 +187,7 @@ class Copy:
         self.reported_at = 0.0
         self.reported: list[object] = []
         self.unmeasured = 0
-        self._graphs_at = 0.0
+        self._graphs_at = self._select_at = 0.0
 
     @property
     def _lease(self) -> str:
@@ -377,6 +377,10 @@ class Copy:
                     self._acknowledge(worker, watermark, uuid.uuid4())
                     self.unacknowledged = set()
                     self.mixed = False
+            if isinstance(index, HnswIndex) and self.selected is None and now > self._select_at:
+                # Last, so that whoever asks for ever new ones keeps nothing else from being done.
+                if due := self.filters.due(index):
+                    self._submit("select", self._select, index, due, self._shared.epoch)
         self._report(worker, now)
 
     def _look_after_graph(self, index: HnswIndex) -> None:
@@ -388,8 +392,6 @@ class Copy:
         elif self.unmeasured > _RECALIBRATE_CHANGES * rows:
             if self._submit("measure", self._measure, index):
                 self.unmeasured = 0
-        elif self.selected is None and (due := self.filters.due(index)):
-            self._submit("select", self._select, index, due, self._shared.epoch)
 
     def _look_after_graphs(self, index: PartitionedIndex, now: float) -> None:
         if now - self._graphs_at > _GRAPHS_SECONDS:
@@ -674,6 +676,7 @@ class Copy:
     def _select(self, index: HnswIndex, due: dict[str, bool], epoch: int) -> None:
         """Read which rows match some filters, for the index to keep; the next cycle takes it."""
         rows = {}
+        started = time.monotonic()
         with contextlib.closing(self._shared.database.connect()) as connection:
             with repeatable_read(connection):
                 snapshot = take_snapshot(connection)
@@ -692,6 +695,8 @@ class Copy:
                     nothing = np.empty((0, self.entry.dims), np.float32)
                     rows[text] = (keys, np.vstack([nothing, *parts]) if whole else None)
         self.selected = Selected(epoch, snapshot, conditions, rows)
+        # The database has as much rest as work with it.
+        self._select_at = 2 * time.monotonic() - started
 
     def _stream(self, receive: Callable[[Batch], None]) -> Watermark:
         """Read the whole table in one snapshot, and take a lease of the log from there on."""

@@ -17,8 +17,9 @@ from ehub.watermark import Watermark
 _AGAIN_SECONDS = 600.0
 _IDLE_SECONDS = 3600.0
 _MOST = 64
-# Filters that were seen are remembered, a few times as many as are selected.
+# Filters that were seen are remembered, many times as many as are selected; not very long ones.
 _REMEMBERED = 1000
+_LONGEST = 4000
 # So large a share of all rows is found by the graph, and need not be compared.
 _COMPARED_SHARE = 0.3
 # The vectors of all selections are no more than those of the graph; of a small one, a few at least.
@@ -53,6 +54,8 @@ class Filters:
 
     def ask(self, text: str) -> bool:
         """Remember that a search has this filter; True if there is something to do now."""
+        if len(text) > _LONGEST:
+            return False
         now = time.monotonic()
         with self._mutex:
             before = self._asked.pop(text, None)

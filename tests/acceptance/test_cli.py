@@ -132,6 +132,77 @@ def test_query_takes_keys_vectors_and_lines(run, tmp_path):
     ]
 
 
+def things(path, n=60):
+    """A file of rows whose other fields are their metadata."""
+    lines = [
+        {"key": f"w{i:03}", "vector": [i, i % 7, 1], "lang": ["en", "de"][i % 2], "tenant": i % 3}
+        for i in range(n)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_searches_among_rows_that_match(run, tmp_path):
+    run("load", things(tmp_path / "a.jsonl"), "s", "--key", "key", "--vector", "vector")
+    answer = json.loads(
+        run("query", "s", "w000", "-k", 3, "--filter", '{"lang": "de"}', "--json").stdout
+    )
+    assert [one["key"] for one in answer["neighbors"]] == ["w001", "w003", "w007"]
+    answer = json.loads(
+        run("like", "s", "w010", "w012", "--unlike", "w050", "-k", 2, "--json").stdout
+    )
+    assert not {"w010", "w012", "w050"} & {one["key"] for one in answer["neighbors"]}
+    answer = json.loads(run("within", "s", "w010", "1.5", "--json").stdout)
+    assert {one["key"] for one in answer["neighbors"]} == {"w009", "w011"}
+    assert run("distance", "s", "w000", "w007").stdout == "7\n"
+    assert "exact" in run("explain", "s", "w000", "--filter", '{"lang": "de"}').stdout
+    ways = json.loads(run("explain", "s", "[1,2,3]", "--json").stdout)
+    assert [way["way"] for way in ways if way["chosen"]] == ["exact"]
+    assert "english" in run("create-index", "s", "english", "--where", '{"lang": "en"}').stdout
+    assert '{"lang": "en"}' in run("indexes", "s").stdout
+    (index,) = json.loads(run("indexes", "s", "--json").stdout)
+    assert (index["name"], index["where"]) == ("english", {"lang": "en"})
+    answer = json.loads(run("query", "s", "w001", "-k", 1, "--index", "english", "--json").stdout)
+    assert answer["neighbors"][0]["key"] in ("w000", "w002")
+    run("drop-index", "s", "english")
+    assert json.loads(run("indexes", "s", "--json").stdout) == []
+
+
+def test_partitions(run, tmp_path):
+    columns = ("--key", "key", "--vector", "vector", "--partition-by", "tenant")
+    run("load", things(tmp_path / "a.jsonl"), "s", *columns)
+    assert json.loads(run("partitions", "s", "--json").stdout) == {"0": 20, "1": 20, "2": 20}
+    answer = json.loads(run("query", "s", "w000", "-k", 2, "--partition", "1", "--json").stdout)
+    assert [one["key"] for one in answer["neighbors"]] == ["w001", "w004"]
+    assert run("drop-partition", "s", "1").stdout == "20 rows of s are deleted\n"
+    assert "w" not in run("query", "s", "[1,1,1]", "--partition", "1").stdout
+    assert "no partition '1'" in run("drop-partition", "s", "1", code=1).stderr
+    run("load", things(tmp_path / "a.jsonl"), "t", "--key", "key", "--vector", "vector")
+    assert (
+        "not partitioned by"
+        in run("load", things(tmp_path / "a.jsonl"), "t", *columns, code=1).stderr
+    )
+
+
+def test_the_graph_of_all_neighbours_goes_on_where_it_was(run, tmp_path):
+    run("load", things(tmp_path / "a.jsonl"), "s", "--key", "key", "--vector", "vector")
+    file = tmp_path / "graph.jsonl"
+    assert "60 rows with their 3 nearest" in run("graph", "s", file, "-k", 3).stdout
+    whole = file.read_text()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert [line["key"] for line in lines] == [f"w{i:03}" for i in range(60)]
+    assert all(len(line["neighbors"]) == 3 for line in lines)
+    # Cut off in the middle of a line, as by a kill.
+    file.write_text(whole[: len(whole) // 2])
+    assert "60 rows" in run("graph", "s", file, "-k", 3).stdout
+    assert file.read_text() == whole
+    file.write_text("something else\n")
+    assert "line 1: not of a graph" in run("graph", "s", file, code=1).stderr
+    assert file.read_text() == "something else\n"
+    run("graph", "s", file, "-k", 3, "--restart")
+    assert file.read_text() == whole
+
+
 def test_index_and_status_tell_how_it_is(run, tmp_path):
     words = {f"w{i}": v for i, v in enumerate(np.random.default_rng(0).random((500, 3)).tolist())}
     run("load", glove(tmp_path / "a.txt", words), "s")
@@ -167,6 +238,20 @@ WRONG = [
     (["query", "s", "[1,2,NaN]"], "NaN at position 2"),
     (["query", "s", "[0,0,oops"], "has no key"),
     (["query", "s", "king", "-k", "0"], "k is a number from 1"),
+    (["query", "s", "king", "--filter", "{"], "filter: not JSON"),
+    (["query", "s", "king", "--filter", '{"a": {"~": 1}}'], 'there is no operator "~"'),
+    (["query", "s", "king", "--partition", "a"], "no partitions"),
+    (["query", "s", "king", "--index", "nope"], "no index 'nope'"),
+    (["like", "s", "nope"], "no key 'nope'"),
+    (["within", "s", "king", "nan"], "a distance is a number"),
+    (["distance", "s", "king", "nope"], "no key 'nope'"),
+    (["explain", "s", "nope"], "no key 'nope'"),
+    (["graph", "s", "nowhere/graph.jsonl"], "cannot be written"),
+    (["create-index", "s", "i", "--where", "[1]"], "an object is needed|a mapping"),
+    (["create-index", "s", "i", "--where", "{}"], "over the rows that match"),
+    (["drop-index", "s", "nope"], "no index 'nope'"),
+    (["partitions", "s"], "no partitions"),
+    (["drop-partition", "s", "a"], "no partitions"),
     (["load", "nope.txt", "s"], "there is no file nope.txt"),
     (["load", "a.xyz", "s"], "the format is one of text"),
     (["load", "a.txt", "s", "--format", "yaml"], "the format is one of text"),

@@ -33,8 +33,8 @@ def roles(db):
 def test_access(roles, url, db, tmp_path, monkeypatch):
     monkeypatch.setenv("EHUB_DATABASE_URL", url)
     monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
-    exec(compile(blocks("python")[2], "README.md", "exec"), {})
-    answers = [db.execute(one).fetchall() for one in blocks("sql")[0].split(";\n") if one.strip()]
+    exec(compile(blocks("python")[3], "README.md", "exec"), {})
+    answers = [db.execute(one).fetchall() for one in blocks("sql")[1].split(";\n") if one.strip()]
     assert answers[3] == [
         ("articles", "analyst", "read", None),
         ("articles", "tenant_42", "write", {"tenant": 42}),
@@ -51,7 +51,7 @@ def test_python(url, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EHUB_DATABASE_URL", url)
     monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    first, day, _access = blocks("python")
+    first, day, among, _access = blocks("python")
     exec(compile(first, "README.md", "exec"), {})
     assert "apple [1. 0. 0.]" in capsys.readouterr().out
     names = {}
@@ -59,10 +59,31 @@ def test_python(url, tmp_path, monkeypatch, capsys):
     assert "Written(written=1, deleted=0, conflicts=[])" in capsys.readouterr().out
     assert len(names["diff"].removed) == 50
     assert ehub.Snapshot.load("words.npz").get("word7").tolist() == [1] * 8
+    exec(compile(among, "README.md", "exec"), {})
+    assert "True" in capsys.readouterr().out
+
+
+def test_sql_among_which_rows(hub, db):
+    answers = [
+        db.execute(one).fetchall() if one.strip().startswith("SELECT") else db.execute(one)
+        for one in blocks("sql")[0].split(";\n")
+        if one.strip()
+    ]
+    assert answers[2] == [("a",), ("c",)]
+    assert answers[3][-1][:2] == (True, "exact")
+    assert answers[5] == [("b",)]
+    assert answers[12] == [("[1,0.33333334]",)]
+    assert [row[0] for row in answers[13]] == ["de", "en"]
+    assert [(key, note) for key, _, note in answers[16]] == [
+        ("ann", {"rows": 2, "weight": 35}),
+        ("bob", {"rows": 1, "weight": 7}),
+    ]
+    assert answers[19:22] == [[("a",)], [("acme", 1)], [(1,)]]
+    assert hub.spaces() == []
 
 
 def test_sql(hub, db):
-    _access, example = blocks("sql")
+    _among, _access, example = blocks("sql")
     answers = [
         db.execute(one).fetchall() if one.strip().startswith("SELECT") else db.execute(one)
         for one in example.split(";\n")

@@ -220,7 +220,7 @@ FUNCTIONS = {
         *("drop_followers", "follow", "followers", "hold_average", "like_of"),
         *("refuse_direct_write", "require_no_average", "require_no_followers"),
         *("show_followers", "switch_followers", "unfollow"),
-        *("add_partitions", "choose_index"),
+        *("add_partitions", "carry_indexes", "choose_index"),
         *("add_default", "add_version", "apply_access", "apply_create", "apply_policies"),
         *(
             "apply_usage",
@@ -621,25 +621,39 @@ METHODS = {
         "averages": ("read", lambda space: space.averages("tenant")),
         "checkpoint": ("admin", lambda space: space.checkpoint("now")),
         "checkpoints": ("read", lambda space: space.checkpoints()),
+        "create_index": ("admin", lambda space: space.create_index("new", {"tenant": 42})),
         "create_version": ("admin", lambda space: space.create_version("v3")),
         "current": ("read", lambda space: space.current),
         "delete": ("write", lambda space: space.delete("mine_1")),
         "delete_all": ("write", lambda space: space.delete_all()),
         "diff": ("read", lambda space: space.diff("v1", "plan_b", k=2)),
         "dims": None,
+        "distance": ("read", lambda space: space.distance("mine_1", "mine_2")),
+        "distances": ("read", lambda space: space.distances(["mine_1", "mine_2"])),
         "download_snapshot": (
             "read",
             lambda space: list(space.download_snapshot().items(metadata=True)),
         ),
         "drop_checkpoint": ("admin", lambda space: space.drop_checkpoint("nightly")),
+        "drop_index": (
+            "admin",
+            lambda space: (space.create_index("newer", {"tenant": 42}), space.drop_index("newer")),
+        ),
+        # It has no partitions; ehub.partitions and ehub.drop_partition are tried where there are.
+        "drop_partition": ("read", lambda space: refused(space.drop_partition, "42")),
         "drop_version": ("admin", lambda space: space.drop_version("plan_b")),
         "ef_construction": None,
+        "explain_nearest": (
+            "read",
+            lambda space: space.explain_nearest(9, vector=[1, 0], filter={"note": "x"}),
+        ),
         "freeze": ("admin", lambda space: space.freeze()),
         "frozen": ("read", lambda space: space.frozen),
         "get": ("read", lambda space: space.get("mine_1")),
         "grant": ("admin", lambda space: space.grant("pg_monitor", "read")),
         "grants": (SILENT, lambda space: space.grants()),
         "history": ("read", lambda space: space.history()),
+        "indexes": ("read", lambda space: space.indexes()),
         "items": ("read", lambda space: list(space.items(metadata=True))),
         "keep_warm": ("admin", lambda space: space.keep_warm()),
         "keys": ("read", lambda space: list(space.keys())),
@@ -655,8 +669,15 @@ METHODS = {
         "name": None,
         "nearest_neighbors": (
             "read",
-            lambda space: space.nearest_neighbors(9, vector=[1, 0], metadata=True),
+            lambda space: (
+                space.nearest_neighbors(9, vector=[1, 0], metadata=True),
+                space.nearest_neighbors(9, like=["mine_1"], unlike=["mine_2"], metadata=True),
+                space.nearest_neighbors(9, key="mine_1", filter={"tenant": {"exists": True}}),
+            ),
         ),
+        "nearest_neighbors_of_all": ("read", lambda space: list(space.nearest_neighbors_of_all(9))),
+        "partition_by": None,
+        "partitions": ("read", lambda space: refused(space.partitions)),
         "promote": ("admin", lambda space: space.promote("plan_b")),
         "restore": ("admin", lambda space: space.restore("nightly")),
         "revoke": ("admin", lambda space: space.revoke("pg_read_all_settings")),
@@ -669,8 +690,14 @@ METHODS = {
         "version": ("read", lambda space: space.version("plan_b")),
         "versions": ("read", lambda space: space.versions()),
         "wait_until_indexed": None,
+        "within": ("read", lambda space: space.within(1e9, vector=[1, 0], metadata=True)),
     },
 }
+
+
+def refused(call, *values):
+    with pytest.raises(ehub.InvalidValueError, match="no partitions"):
+        call(*values)
 
 
 def test_every_method_has_a_rule():

@@ -144,7 +144,7 @@ def test_bad_values(space, hub, db):
         (lambda: space.average(["a", "b"], [1, -1]), ehub.InvalidValueError, "sum to zero"),
         (lambda: space.average(["a", "b", "c"], [0.1, 0.2, -0.3]), ehub.InvalidValueError, "zero"),
         (lambda: space.average(weights=[1]), ehub.InvalidValueError, "keys"),
-        (lambda: space.average(["a"], filter={}), ehub.InvalidValueError, "not both"),
+        (lambda: space.average(["a"], filter={"x": 1}), ehub.InvalidValueError, "not both"),
         (lambda: space.average(filter={"a": {"~": 1}}), ehub.InvalidFilterError, "~"),
         (lambda: space.average(filter=[1]), ehub.InvalidFilterError, "mapping"),
         (lambda: space.average(filter={"a": object()}), ehub.InvalidFilterError, "JSON"),
