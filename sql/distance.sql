@@ -156,6 +156,12 @@ BEGIN
         RAISE EXCEPTION 'space %: the weight of an example is a number that is not negative',
             quote_literal(target.space) USING ERRCODE = 'EH005',
             HINT = 'what is not liked has a list of its own';
+    ELSIF EXISTS (
+        SELECT FROM unnest(weights) AS w WHERE w <> 0 AND w NOT BETWEEN 1e-100 AND 1e100
+    ) THEN
+        -- Sums and products of others leave the range of float8.
+        RAISE EXCEPTION 'space %: the weight of an example is 0 or from 1e-100 to 1e100',
+            quote_literal(target.space) USING ERRCODE = 'EH005';
     END IF;
     total := coalesce((SELECT sum(w) FROM unnest(weights) AS w), cardinality(keys));
     IF total = 0 THEN

@@ -90,9 +90,9 @@ class IndexStore:
 
     def release(self) -> None:
         """Let another process save here."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
 
     def identity(self) -> uuid.UUID:
         """Return the id that the owner of this folder goes by, the same after a restart."""

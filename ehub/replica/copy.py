@@ -540,6 +540,9 @@ class Copy:
                     exc_info=not isinstance(error, EhubError | psycopg.Error | OSError),
                 )
             finally:
+                if self._dropped:
+                    # It may have taken the folder after that was given up.
+                    self.store.release()
                 self.job = None
                 with self._shared.changed:
                     self._shared.changed.notify_all()

@@ -387,3 +387,12 @@ def test_the_metric_decides_what_a_saved_index_is_for(hub, space, data_dir):
     again.wait_until_indexed(30)
     assert len([path for path in data_dir.glob("indexes/*/*") if (path / "id").exists()]) == 2
     assert Path(data_dir, "indexes").is_dir()
+
+
+def test_a_job_that_is_late_keeps_no_folder_that_was_given_up(space):
+    """A space may be deleted while its index is about to be opened."""
+    copy = space._replica._meant["s"]
+    copy.drop(delete=False)
+    assert copy._submit("open", copy._open)
+    assert copy.join(10)
+    assert copy.store._lock is None
