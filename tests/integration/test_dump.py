@@ -49,6 +49,9 @@ def test_a_dump_is_a_whole_hub(hub, elsewhere, tmp_path):
     second.multiset({"a": [1, 0], "b": [0, 1]})
     space.promote("v2")
     hub.create_average("taste", "items", "kind")
+    second.create_index("odd", {"kind": "odd"})
+    parted = hub.create_space("parted", 2, partition_by="tenant")
+    parted.set("a", [1, 2], partition="x")
     second.set("b", [0, 2], {"kind": "x"})
     second.set("a", [2, 0], {"kind": "x"})
     # Transaction ids that the other cluster has not reached, in the log and in what was trimmed.
@@ -67,7 +70,11 @@ def test_a_dump_is_a_whole_hub(hub, elsewhere, tmp_path):
     subprocess.run([programs / "pg_restore", "--exit-on-error", "-d", target, dump], check=True)
 
     with ehub.connect(target, data_dir=tmp_path / "data", index="local") as other:
-        found, kept = other.spaces()
+        found, parted, kept = other.spaces()
+        assert [one.where for one in found.indexes()] == [{"kind": "odd"}]
+        assert parted.partitions() == {"x": 1}
+        with pytest.raises(ehub.InvalidMetadataError, match="tenant"):
+            parted.set("b", [1, 2])
         assert other.kept_averages() == [ehub.KeptAverage("taste", "items", "kind", None)]
         assert kept.get("x").tolist() == [1, 1]
         assert [(grant.role, grant.rows) for grant in found.grants()] == [(reader, {"tenant": 1})]
