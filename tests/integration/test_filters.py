@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 QUICK = settings(
-    max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=250, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 
 
