@@ -450,11 +450,13 @@ class Replica:
                     blocked = copy
                     found |= copy.bring(worker, snapshot, self._started)
             worker.execute("COMMIT")
-        except pg.LockNotAvailable:
-            # TRUNCATE or DDL that is not committed: the others go on without this one.
+        except (pg.LockNotAvailable, pg.InsufficientPrivilege, pg.UndefinedTable):
+            # TRUNCATE or DDL that is not committed, or a space that was deleted just now: the
+            # others go on without this one.
             worker.execute("ROLLBACK")
-            if blocked is not None:
-                blocked.blocked_until = time.monotonic() + 0.5
+            if blocked is None:
+                raise
+            blocked.blocked_until = time.monotonic() + 0.5
             return True
         except Exception as error:
             if not is_lost(error):
