@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ehub.index.exact import nearest_among, pairwise, squared_norms
 from ehub.index.lock import PRODUCTS
-from ehub.types import Matrix, Metric
+from ehub.types import Matrix, Metric, Vector
 
 # What a row that is compared costs beside a candidate that the graph keeps, measured at 100 dims on
 # 340,000 rows: one query reads memory, many at once share what was read.
@@ -50,7 +50,8 @@ class Selection:
         self._listed = self._mask.copy()
         self._rows = len(labels)
         self._vectors = vectors
-        self._squares: NDArray[np.float32] | None = None
+        # Under l2: a point amid the vectors, and the square of the distance of each to it.
+        self._amid: tuple[Vector, NDArray[np.float32]] | None = None
         # Queries that the graph was asked, and those for which it found too few.
         self._asked = self._missed = 0
 
@@ -94,7 +95,7 @@ class Selection:
         self._labels = np.append(self._labels, new)
         if self._vectors is not None:
             self._vectors = np.vstack([self._vectors, vectors(new)])
-            self._squares = None
+            self._amid = None
         if len(self._labels) > 2 * self._rows + 1000:
             self._forget_the_dead()
 
@@ -104,7 +105,7 @@ class Selection:
         self._listed = self._mask.copy()
         if self._vectors is not None:
             self._vectors = self._vectors[alive]
-            self._squares = None
+            self._amid = None
 
     def wanted_of_graph(self, wanted: int, rows: int) -> int:
         """How many neighbours to ask a graph of ``rows`` rows for, to find so many that match."""
@@ -146,25 +147,36 @@ class Selection:
         if self._vectors is None:
             labels = self._labels[self._mask[self._labels]]
             return nearest_among(queries, labels, vectors(labels), k, metric)
+        step = max(1, _FLOATS // max(1, len(self._labels)))
+        if len(queries) <= step:
+            places, far = self._nearest_places(queries, self._vectors, k, metric)
+            return self._labels[places], far
         near = np.empty((len(queries), k), np.int64)
         far = np.empty((len(queries), k), np.float32)
-        step = max(1, _FLOATS // max(1, len(self._labels)))
         for start in range(0, len(queries), step):
             part = slice(start, start + step)
             places, far[part] = self._nearest_places(queries[part], self._vectors, k, metric)
             near[part] = self._labels[places]
         return near, far
 
+    def _squares_of(self, gathered: Matrix) -> tuple[Vector, NDArray[np.float32]]:
+        middle: Vector = gathered.mean(axis=0)
+        self._amid = middle, squared_norms(gathered - middle)
+        return self._amid
+
     def _nearest_places(
         self, queries: Matrix, gathered: Matrix, k: int, metric: Metric
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        with PRODUCTS.read():
-            scores: NDArray[np.float32] = queries @ gathered.T
+        asked = queries
         if metric == "l2":
-            if self._squares is None or len(self._squares) != len(gathered):
-                self._squares = squared_norms(gathered)
+            # From a point amid them: far from the origin the squares would swallow the distances.
+            middle, squares = self._amid or self._squares_of(gathered)
+            asked = queries - middle
+        with PRODUCTS.read():
+            scores: NDArray[np.float32] = asked @ gathered.T
+        if metric == "l2":
             scores *= -2
-            scores += self._squares
+            scores += squares
         else:
             np.subtract(1, scores, out=scores)
         if self._rows < len(self._labels):
@@ -175,9 +187,11 @@ class Selection:
             places = np.broadcast_to(np.arange(some), scores.shape)
         else:
             places = np.argpartition(scores, some - 1, axis=1)[:, :some]
+        # As np.take_along_axis, which takes as long as all the rest where there is little to do.
+        row = np.arange(len(queries))[:, None]
         if metric == "l2":
             far = pairwise(queries, gathered[places], metric)
         else:
-            far = np.take_along_axis(scores, places, axis=1)
+            far = scores[row, places]
         order = np.argsort(far, axis=1, kind="stable")[:, :k]
-        return np.take_along_axis(places, order, axis=1), np.take_along_axis(far, order, axis=1)
+        return places[row, order], far[row, order]

@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import psycopg
-from bench import HELD_OUT, K, report
-from bench_sql import PGVECTOR, build_pgvector, connect
-from psycopg.conninfo import make_conninfo
+from bench import K, report
+from bench_sql import PGVECTOR, fresh_database, held_out, parameters, served
 
 import ehub
 from ehub.binary import VectorParameter
@@ -38,54 +35,26 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="how often each is measured")
     parser.add_argument("--listen", default="127.0.0.1:6545", help="where the service listens")
     arguments = parser.parse_args()
-    server = os.environ["EHUB_TEST_DATABASE_URL"]
-    with psycopg.connect(server, autocommit=True) as admin:
+    with psycopg.connect(os.environ["EHUB_TEST_DATABASE_URL"], autocommit=True) as admin:
         admin.execute("DROP DATABASE IF EXISTS ehub_bench WITH (FORCE)")
         for role in ("reader", *SHARES):
             admin.execute(f"DROP ROLE IF EXISTS ehub_bench_{role}")
             admin.execute(f"CREATE ROLE ehub_bench_{role}")
-        admin.execute("CREATE DATABASE ehub_bench")
-    url = make_conninfo(server, dbname="ehub_bench")
-    program = str(Path(sys.executable).with_name("ehub"))
-    for command in (["migrate", url], ["install-service", arguments.listen, "--database", url]):
-        subprocess.run([program, *command], check=True, stdout=subprocess.DEVNULL)
+    url = fresh_database(arguments.listen)
     queries, rows, metadata = load(arguments.file, url)
     with tempfile.TemporaryDirectory(prefix="ehub-bench-") as folder:
-        service = subprocess.Popen(
-            [
-                *(program, "serve", "--database", url, "--listen", arguments.listen),
-                *("--data", folder, "--pages", "none"),
-            ],
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-        )
-        try:
-            with connect(url) as db:
-                build_pgvector(db, rows.shape[1])
-                assert service.stdout is not None
-                service.stdout.readline()
-                while db.execute("SELECT prompt FROM ehub.incarnation").fetchone() != (True,):
-                    time.sleep(0.2)
-                granted(db, url, queries, arguments.repeats)
-                limited(db, url, queries, rows, metadata, arguments.repeats)
-        finally:
-            service.terminate()
-            service.wait()
+        with served(url, arguments.listen, Path(folder), rows.shape[1]) as db:
+            granted(db, url, queries, arguments.repeats)
+            limited(db, url, queries, rows, metadata, arguments.repeats)
 
 
 def load(file: Path, url: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    lines = file.read_text().splitlines()
-    dims = len(lines[0].split(" ")) - 1
-    random = np.random.default_rng(1)
-    drawn = random.choice(len(lines), HELD_OUT, replace=False).tolist()
-    held = set(drawn)
-    keys = [x.rsplit(" ", dims)[0] for i, x in enumerate(lines) if i not in held]
-    rows = np.array([x.rsplit(" ", dims)[1:] for i, x in enumerate(lines) if i not in held], "f4")
-    queries = np.array([lines[i].rsplit(" ", dims)[1:] for i in drawn[:QUERIES]], "f4")
+    keys, rows, queries = held_out(file, QUERIES)
+    random = np.random.default_rng(2)
     within = {name: random.random(len(rows)) < share for name, share in SHARES.items()}
     notes = [{n: True for n, chosen in within.items() if chosen[i]} for i in range(len(rows))]
     with ehub.connect(url, index="none") as hub:
-        hub.create_space("bench", dims).multiset(keys, rows, notes)
+        hub.create_space("bench", rows.shape[1]).multiset(keys, rows, notes)
     return queries, rows, within
 
 
@@ -190,10 +159,6 @@ def limited(
             ", ".join(f"{name} {value:,.0f}/s" for name, value in middle.items())
             + f": {middle['ehub'] / best:.2f} (wanted > 1)",
         )
-
-
-def parameters(statement: str, query: VectorParameter) -> Any:
-    return {"q": query} if "%(q)s" in statement else [query]
 
 
 def rate(db: psycopg.Connection, statement: str, vectors: list[VectorParameter]) -> float:

@@ -9,10 +9,7 @@ scan at the smallest ef_search that reaches the recall.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,9 +19,8 @@ from typing import Any
 import hnswlib
 import numpy as np
 import psycopg
-from bench import HELD_OUT, K, report
-from bench_sql import build_pgvector, connect
-from psycopg.conninfo import make_conninfo
+from bench import K, report
+from bench_sql import fresh_database, held_out, served
 
 import ehub
 from ehub.binary import VectorParameter
@@ -44,52 +40,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="how often each is measured")
     parser.add_argument("--listen", default="127.0.0.1:6546", help="where the service listens")
     arguments = parser.parse_args()
-    server = os.environ["EHUB_TEST_DATABASE_URL"]
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute("DROP DATABASE IF EXISTS ehub_bench WITH (FORCE)")
-        admin.execute("CREATE DATABASE ehub_bench")
-    url = make_conninfo(server, dbname="ehub_bench")
-    program = str(Path(sys.executable).with_name("ehub"))
-    for command in (["migrate", url], ["install-service", arguments.listen, "--database", url]):
-        subprocess.run([program, *command], check=True, stdout=subprocess.DEVNULL)
+    url = fresh_database(arguments.listen)
     queries, rows, flags = load(arguments.file, url)
     with tempfile.TemporaryDirectory(prefix="ehub-bench-") as folder:
-        service = subprocess.Popen(
-            [
-                *(program, "serve", "--database", url, "--listen", arguments.listen),
-                *("--data", folder, "--pages", "none"),
-            ],
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-        )
-        try:
-            with connect(url) as db:
-                build_pgvector(db, rows.shape[1])
-                for name in flags:
-                    condition = f"metadata @> '{{\"{name}\": true}}'"
-                    db.execute(f"CREATE INDEX ON pgvector_own (key) WHERE {condition}")
-                db.execute("ANALYZE")
-                assert service.stdout is not None
-                service.stdout.readline()
-                while db.execute("SELECT prompt FROM ehub.incarnation").fetchone() != (True,):
-                    time.sleep(0.2)
-                in_sql(db, queries, rows, flags, arguments.repeats)
-        finally:
-            service.terminate()
-            service.wait()
+        with served(url, arguments.listen, Path(folder), rows.shape[1]) as db:
+            for name in flags:
+                condition = f"metadata @> '{{\"{name}\": true}}'"
+                db.execute(f"CREATE INDEX ON pgvector_own (key) WHERE {condition}")
+            db.execute("ANALYZE")
+            in_sql(db, queries, rows, flags, arguments.repeats)
         in_process(url, Path(folder), queries, rows, flags, arguments.repeats)
 
 
 def load(file: Path, url: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    lines = file.read_text().splitlines()
-    dims = len(lines[0].split(" ")) - 1
-    random = np.random.default_rng(1)
-    drawn = random.choice(len(lines), HELD_OUT, replace=False).tolist()
-    held = set(drawn)
-    keys = [x.rsplit(" ", dims)[0] for i, x in enumerate(lines) if i not in held]
-    rows = np.array([x.rsplit(" ", dims)[1:] for i, x in enumerate(lines) if i not in held], "f4")
-    queries = np.array([lines[i].rsplit(" ", dims)[1:] for i in drawn[:QUERIES]], "f4")
-    along = np.argsort(-(rows @ random.standard_normal(dims).astype(np.float32)))
+    keys, rows, queries = held_out(file, QUERIES)
+    random = np.random.default_rng(2)
+    along = np.argsort(-(rows @ random.standard_normal(rows.shape[1]).astype(np.float32)))
     flags = {}
     for share in SHARES:
         # A dot in a field's name would lead into an object.
@@ -98,7 +64,7 @@ def load(file: Path, url: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.nda
         flags[f"along_{name}"] = np.isin(np.arange(len(rows)), along[: int(share * len(rows))])
     notes = [{name: True for name, chosen in flags.items() if chosen[i]} for i in range(len(rows))]
     with ehub.connect(url, index="none") as hub:
-        hub.create_space("bench", dims).multiset(keys, rows, notes)
+        hub.create_space("bench", rows.shape[1]).multiset(keys, rows, notes)
     return queries, rows, flags
 
 

@@ -191,11 +191,11 @@ def graph(folder: Path, repeats: int) -> dict[str, Any]:
         row = next(row for row in hub.status() if row["space"] == "all" and row["ef"])
         path = folder / "data" / "indexes"
         deadline = time.monotonic() + 120
-        while not (saved := list(path.glob(f"*/{row['index_id']}/*.hnsw"))):
+        while not (saved := list(path.glob(f"*/{row['index_id']}/manifest.json"))):
             assert time.monotonic() < deadline
             time.sleep(0.5)
         same = Index("l2", rows.shape[1])
-        same.load_index(str(saved[0]))
+        same.load_index(str(next(saved[0].parent.glob("*.hnsw"))))
         same.set_ef(row["ef"])
         rates: dict[str, list[float]] = {"ehub": [], "raw": []}
         near: dict[str, set[str]] = {}

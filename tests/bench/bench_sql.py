@@ -8,6 +8,7 @@ repeated, and medians are given.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from ehub.binary import VectorDumper, VectorParameter, VectorsParameter
 
+EHUB = str(Path(sys.executable).with_name("ehub"))
 SECONDS = 5.0
 BATCH = 100
 WRITERS = 8
@@ -44,12 +46,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="how often each is measured")
     parser.add_argument("--listen", default="127.0.0.1:6544", help="where the service listens")
     arguments = parser.parse_args()
-    server = os.environ["EHUB_TEST_DATABASE_URL"]
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute("DROP DATABASE IF EXISTS ehub_bench WITH (FORCE)")
-        admin.execute("CREATE DATABASE ehub_bench")
-    url = make_conninfo(server, dbname="ehub_bench")
-    ehub = str(Path(sys.executable).with_name("ehub"))
+    url = fresh_database(arguments.listen)
     with tempfile.TemporaryDirectory(prefix="ehub-bench-") as name:
         folder = Path(name)
         lines = arguments.file.read_text().splitlines(keepends=True)
@@ -58,33 +55,67 @@ def main() -> None:
         dims = len(lines[0].split(" ")) - 1
         queries = np.array([lines[i].rsplit(" ", dims)[1:] for i in sorted(held)], np.float32)
         del lines
-        for command in (
-            ["migrate", url],
-            ["install-service", arguments.listen, "--database", url],
-            ["load", folder / "rows.txt", "bench", "--database", url],
-        ):
-            subprocess.run([ehub, *command], check=True, stdout=subprocess.DEVNULL)
-        service = subprocess.Popen(
-            [
-                *(ehub, "serve", "--database", url, "--listen", arguments.listen),
-                *("--data", folder, "--pages", "none"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        try:
-            with connect(url) as db:
-                build_pgvector(db, dims)
-                assert service.stdout is not None
-                service.stdout.readline()
-                run(db, url, folder, queries, arguments.repeats)
-                writers(db, url, "that the service follows")
-        finally:
-            service.terminate()
-            service.wait()
+        run_ehub("load", folder / "rows.txt", "bench", "--database", url)
+        with served(url, arguments.listen, folder, dims) as db:
+            run(db, url, folder, queries, arguments.repeats)
+            writers(db, url, "that the service follows")
         with psycopg.connect(url, autocommit=True) as db:
             writers(db, url, "that nobody follows")
+
+
+def fresh_database(listen: str) -> str:
+    """Return the URL of a new database that asks a service at an address."""
+    server = os.environ["EHUB_TEST_DATABASE_URL"]
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute("DROP DATABASE IF EXISTS ehub_bench WITH (FORCE)")
+        admin.execute("CREATE DATABASE ehub_bench")
+    url = make_conninfo(server, dbname="ehub_bench")
+    run_ehub("migrate", url)
+    run_ehub("install-service", listen, "--database", url)
+    return url
+
+
+def held_out(file: Path, queries: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Read embeddings: keys, rows, and so many of those held out, drawn at random."""
+    lines = file.read_text().splitlines()
+    dims = len(lines[0].split(" ")) - 1
+    drawn = np.random.default_rng(1).choice(len(lines), HELD_OUT, replace=False).tolist()
+    held = set(drawn)
+    keys = [x.rsplit(" ", dims)[0] for i, x in enumerate(lines) if i not in held]
+    rows = np.array([x.rsplit(" ", dims)[1:] for i, x in enumerate(lines) if i not in held], "f4")
+    asked = np.array([lines[i].rsplit(" ", dims)[1:] for i in drawn[:queries]], "f4")
+    return keys, rows, asked
+
+
+def run_ehub(*arguments: object) -> None:
+    command = [EHUB, *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def served(url: str, listen: str, folder: Path, dims: int) -> Iterator[psycopg.Connection]:
+    """Run the service while pgvector builds its index, and lend a connection when both are ready."""
+    service = subprocess.Popen(
+        [
+            *(EHUB, "serve", "--database", url, "--listen", listen),
+            *("--data", folder, "--pages", "none"),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        with connect(url) as db:
+            build_pgvector(db, dims)
+            assert service.stdout is not None
+            service.stdout.readline()
+            # The service must have promised to keep its deadline.
+            while db.execute("SELECT prompt FROM ehub.incarnation").fetchone() != (True,):
+                time.sleep(0.2)
+            yield db
+    finally:
+        service.terminate()
+        service.wait()
 
 
 def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, repeats: int) -> None:
@@ -98,9 +129,7 @@ def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, rep
     raw.load_index(str(next(saved[0].parent.glob("*.hnsw"))))
     raw.set_ef(ef)
 
-    # The service must have promised to keep its deadline, and exact answers would flatter recall.
-    while db.execute("SELECT prompt FROM ehub.incarnation").fetchone() != (True,):
-        time.sleep(0.2)
+    # Exact answers would flatter recall.
     db.execute("SET ehub.mode = 'index'")
     vectors = [VectorParameter(query) for query in queries]
     (oid,) = db.execute("SELECT 'vector'::regtype::oid").fetchone() or (0,)

@@ -71,6 +71,18 @@ def test_a_selection_that_lies_apart_is_compared_where_it_can_be(monkeypatch):
     check_neighbors(neighbors(index.search(far, 10, "s")[0]), matching, "l2", far[0], 10)
 
 
+def test_rows_far_from_the_origin_are_told_apart():
+    vectors = np.random.default_rng(0).standard_normal((2000, 8)).astype(np.float32) + 5000
+    keys = [f"k{i}" for i in range(2000)]
+    index = HnswIndex(8, "l2")
+    index.add(keys, vectors)
+    index.publish(selections={"s": Members(keys[:50], keys[50:1500], vectors[50:1500])})
+    table = dict(zip(keys[:1500], vectors, strict=False))
+    for query in vectors[-20:]:
+        found = index.search(query[None], 10, "s")
+        check_neighbors(neighbors(found[0]), table, "l2", query, 10)
+
+
 def test_what_a_publish_does_not_name_is_a_selection_no_more():
     index, table = filled("l2", rows=50)
     index.publish(selections={"a": Members([], ["k1"]), "b": Members([], ["k2", "unknown"])})
