@@ -50,6 +50,8 @@ class Selection:
         self._listed = self._mask.copy()
         self._rows = len(labels)
         self._vectors = vectors
+        # Where they lie, with room behind them.
+        self._room = np.empty((0, 0), np.float32) if vectors is None else vectors
         # Under l2: a point amid the vectors, and the square of the distance of each to it.
         self._amid: tuple[Vector, NDArray[np.float32]] | None = None
         # Queries that the graph was asked, and those for which it found too few.
@@ -80,9 +82,7 @@ class Selection:
         self, labels: NDArray[np.int64], vectors: Callable[[NDArray[np.int64]], Matrix]
     ) -> None:
         """Take labels in; ``vectors`` returns those of labels."""
-        if not len(labels):
-            return
-        top = int(labels.max()) + 1
+        top = int(labels.max(initial=-1)) + 1
         if top > len(self._mask):
             more = np.zeros(max(top, len(self._mask) * 3 // 2) - len(self._mask), np.bool_)
             self._mask = np.append(self._mask, more)
@@ -93,18 +93,30 @@ class Selection:
         new = labels[~self._listed[labels]]
         self._listed[new] = True
         self._labels = np.append(self._labels, new)
-        if self._vectors is not None:
-            self._vectors = np.vstack([self._vectors, vectors(new)])
-            self._amid = None
+        if self._vectors is not None and len(new):
+            self._append(vectors(new))
         if len(self._labels) > 2 * self._rows + 1000:
             self._forget_the_dead()
+
+    def _append(self, vectors: Matrix) -> None:
+        """Put vectors behind the others, without a copy of all of them each time."""
+        assert self._vectors is not None  # noqa: S101 - the caller has looked
+        before, after = len(self._vectors), len(self._vectors) + len(vectors)
+        if after > len(self._room):
+            self._room = np.empty((after * 5 // 4 + 64, vectors.shape[1]), np.float32)
+            self._room[:before] = self._vectors
+        self._room[before:after] = vectors
+        self._vectors = self._room[:after]
+        if self._amid is not None:
+            middle, squares = self._amid
+            self._amid = middle, np.append(squares, squared_norms(vectors - middle))
 
     def _forget_the_dead(self) -> None:
         alive = self._mask[self._labels]
         self._labels = self._labels[alive]
         self._listed = self._mask.copy()
         if self._vectors is not None:
-            self._vectors = self._vectors[alive]
+            self._vectors = self._room = self._vectors[alive]
             self._amid = None
 
     def wanted_of_graph(self, wanted: int, rows: int) -> int:
@@ -189,9 +201,7 @@ class Selection:
             places = np.argpartition(scores, some - 1, axis=1)[:, :some]
         # As np.take_along_axis, which takes as long as all the rest where there is little to do.
         row = np.arange(len(queries))[:, None]
-        if metric == "l2":
-            far = pairwise(queries, gathered[places], metric)
-        else:
-            far = scores[row, places]
+        again = metric == "l2"
+        far = pairwise(queries, gathered[places], metric) if again else scores[row, places]
         order = np.argsort(far, axis=1, kind="stable")[:, :k]
         return places[row, order], far[row, order]
