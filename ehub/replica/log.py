@@ -57,11 +57,11 @@ class Entry(NamedTuple):
         return sql.Identifier("ehub_data", f"v{self.version_id}")
 
     @property
-    def partition(self) -> sql.Composable:
+    def partition(self) -> str:
         """What partition a row is in, as an expression; NULL where there are none."""
         if self.partition_by is None:
-            return sql.SQL("NULL::text")
-        return sql.SQL("metadata ->> {}").format(sql.Literal(self.partition_by))
+            return "NULL::text"
+        return f"metadata ->> {sql.Literal(self.partition_by).as_string()}"
 
     def build_parameters(self) -> dict[str, Any]:
         """Return what a graph depends on; a saved one with others is of no use."""
@@ -160,7 +160,10 @@ def read_rows(
         "SELECT key, embedding, {}, ARRAY[{}]::bool[] FROM {} WHERE key = ANY(%s) AND ({})"
     )
     statement = query.format(
-        entry.partition, held, entry.relation, sql.SQL(_escaped(entry.condition))
+        sql.SQL(_escaped(entry.partition)),
+        held,
+        entry.relation,
+        sql.SQL(_escaped(entry.condition)),
     )
     wanted = list(keys)
     for start in range(0, len(wanted), _READ_KEYS):
@@ -180,9 +183,9 @@ def stream_rows(connection: Connection, entry: Entry, condition: Any = "true") -
     query = sql.SQL(
         "COPY (SELECT embedding, key{} FROM {} WHERE ({}) AND ({})) TO STDOUT (FORMAT binary)"
     )
-    partition = sql.SQL(", {}").format(entry.partition)
+    partition: Any = "" if entry.partition_by is None else f", {entry.partition}"
     statement = query.format(
-        sql.SQL("") if entry.partition_by is None else partition,
+        sql.SQL(partition),
         entry.relation,
         sql.SQL(entry.condition),
         sql.SQL(condition),
@@ -206,7 +209,7 @@ def filter_conditions(connection: Connection, filters: Sequence[str]) -> dict[st
 
 
 def _escaped(condition: str) -> Any:
-    """Return a condition as it stands in a statement that has parameters."""
+    """Return an expression as it stands in a statement that has parameters."""
     return condition.replace("%", "%%")
 
 

@@ -202,6 +202,27 @@ def test_partitions_are_searched_apart(connect, place):
     assert "x" not in space
 
 
+def test_names_and_values_may_look_like_anything(connect):
+    """What is special to SQL, to formats and to placeholders."""
+    name, value = "te%n'ant\"{x}\\ %s", "50% {0} %s ' \\"
+    hub = connect(index="local")
+    space = hub.create_space("s", 2, partition_by=name)
+    space.set("a", [1, 2], partition=value)
+    space.wait_until_indexed(30)
+    space.set("b", [1, 3], partition=value)
+    found = space.nearest_neighbors(3, vector=[1, 2], partition=value, consistency="strong")
+    assert [one.key for one in found] == ["a", "b"]
+    plain = hub.create_space("t", 2)
+    plain.create_index("i", {name.replace("\\", "\\\\"): value})
+    plain.multiset([("a", [1, 2], {name: value}), ("b", [1, 3], {"x": "%s"})])
+    plain.wait_until_indexed(30)
+    assert known(plain, {"x": {"in": [1, "%s"]}}, [1, 2]).rows == 1
+    plain.set("c", [1, 4], {name: value})
+    for among in ({"index": "i"}, {"filter": {name.replace("\\", "\\\\"): value}}):
+        found = plain.nearest_neighbors(3, vector=[1, 2], consistency="strong", **among)
+        assert [one.key for one in found] == ["a", "c"]
+
+
 def test_an_index_by_partitions_comes_back_after_a_restart(connect, db):
     random = np.random.default_rng(0)
     vectors = random.standard_normal((600, DIMS)).astype(np.float32)
