@@ -66,7 +66,7 @@ def test_what_says_who_calls_cannot_be_kept(low, db, space):
         low.execute(f"GRANT SELECT ON public.kept TO {me(low)}")
         low.execute("RESET ROLE")
         db.execute(f"REVOKE {boss} FROM {me(low)}")
-        for call in ("ehub.freeze('s', caller)", "ehub.candidates(1, 1, 5, 'x', caller)"):
+        for call in ("ehub.freeze('s', caller)", "ehub.candidates(1, 1, 5, 'x', caller => caller)"):
             with pytest.raises(psycopg.errors.InsufficientPrivilege, match="who calls"):
                 low.execute(f"SELECT {call} FROM public.kept")
         assert not space.frozen
