@@ -30,7 +30,7 @@ from ehub.index import (
     build_partitioned,
     calibrate,
 )
-from ehub.replica.filters import Filters, Selected, is_compared
+from ehub.replica.filters import Filters, Selected, is_compared, room_for_vectors
 from ehub.replica.log import (
     Batch,
     Behind,
@@ -675,7 +675,8 @@ class Copy:
 
     def _select(self, index: HnswIndex, due: dict[str, bool], epoch: int) -> None:
         """Read which rows match some filters, for the index to keep; the next cycle takes it."""
-        rows = {}
+        rows: dict[str, tuple[list[str], Matrix | None]] = {}
+        room = room_for_vectors(index)
         started = time.monotonic()
         with contextlib.closing(self._shared.database.connect()) as connection:
             with repeatable_read(connection):
@@ -687,13 +688,17 @@ class Copy:
                     for batch in stream_rows(connection, self.entry, conditions[text]):
                         self._check_stopped()
                         keys += batch.keys
-                        if starved or is_compared(len(keys), index):
+                        room -= batch.vectors.size
+                        if room >= 0 and (starved or is_compared(len(keys), index)):
                             parts.append(batch.vectors)
                         else:
                             parts.clear()
-                    whole = sum(map(len, parts)) == len(keys)
-                    nothing = np.empty((0, self.entry.dims), np.float32)
-                    rows[text] = (keys, np.vstack([nothing, *parts]) if whole else None)
+                    if sum(map(len, parts)) < len(keys):
+                        rows[text] = (keys, None)
+                        room += len(keys) * self.entry.dims
+                    else:
+                        nothing = np.empty((0, self.entry.dims), np.float32)
+                        rows[text] = (keys, np.vstack([nothing, *parts]))
         self.selected = Selected(epoch, snapshot, conditions, rows)
         # The database has as much rest as work with it.
         self._select_at = 2 * time.monotonic() - started

@@ -6,6 +6,7 @@ One that comes again within some minutes is, until it has not come for long or o
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from ehub.watermark import Watermark
 
 _AGAIN_SECONDS = 600.0
 _IDLE_SECONDS = 3600.0
-_MOST = 64
+_MOST, _AT_ONCE = 64, 8
 # Filters that were seen are remembered, many times as many as are selected; not very long ones.
 _REMEMBERED = 1000
 _LONGEST = 4000
@@ -70,7 +71,7 @@ class Filters:
             return new
 
     def due(self, index: HnswIndex) -> dict[str, bool]:
-        """Return the filters to select now, and whether their vectors are needed at any rate."""
+        """Return some filters to select now, and whether their vectors are needed at any rate."""
         with self._mutex:
             again = list(self._again)
         present = index.selections()
@@ -78,13 +79,13 @@ class Filters:
         for text, selection in present.items():
             if selection.starved and not selection.comparable:
                 wanted[text] = True
-        return wanted
+        return dict(itertools.islice(wanted.items(), _AT_ONCE))
 
     def keep(self, index: HnswIndex, coming: int = 0) -> dict[str, str]:
         """Return the conditions of the selections to go on with, where ``coming`` floats come."""
         now = time.monotonic()
         present = index.selections()
-        room = max(len(index) * index.dims, _LEAST_FLOATS) - coming
+        room = room_for_vectors(index) - coming
         kept: dict[str, str] = {}
         with self._mutex:
             for text in reversed(self._asked):
@@ -99,6 +100,11 @@ class Filters:
         return kept
 
 
+def room_for_vectors(index: HnswIndex) -> int:
+    """Return how many numbers the vectors of all selections of an index may be."""
+    return max(len(index) * index.dims, _LEAST_FLOATS)
+
+
 def is_compared(rows: int, index: HnswIndex) -> bool:
     """Whether a selection of so many rows is worth their vectors."""
-    return rows <= _COMPARED_SHARE * max(len(index), _LEAST_FLOATS // index.dims)
+    return rows * index.dims <= _COMPARED_SHARE * room_for_vectors(index)
