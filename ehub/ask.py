@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -95,7 +95,7 @@ def like(
         _show(found, metadata, as_json, " ".join(keys))
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def within(
     space: Address,
     what: _One,
@@ -183,13 +183,15 @@ def graph(
 ) -> None:
     """Write the nearest neighbours of every row into a file of JSON lines.
 
-    Interrupted, it goes on where it was when it is called again.
+    Interrupted, it goes on where it was when it is called again: FILE.part says of what it is.
     """
-    with ehub.connect(url) as hub, _opened(file, restart) as lines:
+    with ehub.connect(url) as hub:
         target = hub.resolve(space)
-        last, done = _last_key(file, lines)
+        version = target.current.name if isinstance(target, ehub.Space) else target.name
+        about = {"graph": f"{space.partition('@')[0]}@{version}", "k": k}
+        last = _begin(file, about, restart)
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        with progress(*columns, TimeRemainingColumn()) as bars:
+        with file.open("ab") as lines, progress(*columns, TimeRemainingColumn()) as bars:
             task = bars.add_task("waiting for the index", total=None)
             if hub.index != "none":
                 target.wait_until_indexed()
@@ -199,38 +201,53 @@ def graph(
                 lines.flush()
                 bars.update(task, description="searching", completed=rows, total=total)
 
-            for key, near in target.nearest_neighbors_of_all(k, after=last, watch=watch):
+            pinned = hub.resolve(str(about["graph"]))
+            for key, near in pinned.nearest_neighbors_of_all(k, after=last, watch=watch):
                 pairs = [[one.key, one.distance] for one in near]
                 line = json.dumps({"key": key, "neighbors": pairs}, ensure_ascii=False)
                 lines.write(f"{line}\n".encode())
-                done += 1
+        _note_of(file).unlink()
+        with file.open("rb") as written:
+            done = sum(1 for _ in written)
         out.print(f"{file}: {done:,} rows with their {k} nearest", markup=False)
 
 
-def _opened(file: Path, restart: bool) -> IO[bytes]:
+def _note_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.part")
+
+
+def _begin(file: Path, about: dict[str, object], restart: bool) -> str | None:
+    """Prepare the file; returns the last key in it where it is to be gone on with."""
+    note = _note_of(file)
     try:
-        return file.open("w+b" if restart or not file.exists() else "r+b")
+        begun = None if restart or not note.exists() else note.read_text()
+        if begun is None and (restart or not file.exists()):
+            note.write_text(json.dumps(about))
+            file.write_bytes(b"")
+            return None
     except OSError as error:
         raise ehub.InvalidFileError(f"{file} cannot be written: {error.strerror}") from None
+    if begun is None:
+        raise ehub.InvalidFileError(f"{file} is there already; --restart writes over it")
+    if begun != json.dumps(about):
+        raise ehub.InvalidFileError(
+            f"{file} was begun with others: {begun}; --restart writes over it"
+        )
+    return _last_key(file)
 
 
-def _last_key(file: Path, lines: IO[bytes]) -> tuple[str | None, int]:
-    """Return the key of the last whole line, and the number of lines; leave the file there."""
-    last, count, end = None, 0, 0
-    for line in lines:
-        if not line.endswith(b"\n"):
-            break
-        try:
-            last = json.loads(line)["key"]
-        except (ValueError, KeyError, TypeError):
-            raise ehub.InvalidFileError(
-                f"{file}, line {count + 1}: not of a graph; --restart writes over it"
-            ) from None
-        count += 1
-        end += len(line)
-    lines.seek(end)
-    lines.truncate()
-    return last, count
+def _last_key(file: Path) -> str | None:
+    """Return the key of the last whole line, and cut off what comes after it."""
+    last, end = None, 0
+    with file.open("r+b") as lines:
+        for line in lines:
+            if not line.endswith(b"\n"):
+                break
+            last = str(json.loads(line)["key"])
+            end += len(line)
+        lines.seek(end)
+        lines.truncate()
+    return last
 
 
 def _key_or_vector(text: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def average(
     wanted = None if keys is None else values.as_keys(keys)
     numbers = None
     if weights is not None:
-        if isinstance(weights, Mapping | str | bytes):
+        if isinstance(weights, Mapping | str | bytes) or not isinstance(weights, Iterable):
             raise InvalidValueError(f"weights are a list, one for each key, not {weights!r:.60}")
         numbers = [values.as_number("a weight", weight) for weight in weights]
     with database.connection(address) as connection:

@@ -94,28 +94,37 @@ class Collection(Searchable):
         parameter = VectorParameter(self._as_vector(vector, place))
         update = sql.SQL("embedding = EXCLUDED.embedding")
         parameters: list[object] = [key, parameter]
-        if metadata is not None:
+        note: sql.Composable = sql.SQL("'{}'")
+        if metadata is None and self.partition_by is not None:
+            # A row without its partition is refused before it is seen that there is one already.
+            note = sql.SQL(
+                "coalesce((SELECT t.metadata FROM {} AS t WHERE t.key = %s), '{{}}')"
+            ).format(self._view)
+            parameters.append(key)
+        elif metadata is not None:
+            note = sql.SQL("%s")
             update = sql.SQL("embedding = EXCLUDED.embedding, metadata = EXCLUDED.metadata")
             parameters.append(values.as_json(metadata, place))
         statement = sql.SQL(
-            "INSERT INTO {} (key, embedding{}) VALUES (%s, %s{}) ON CONFLICT (key)"
+            "INSERT INTO {} (key, embedding, metadata) VALUES (%s, %s, {}) ON CONFLICT (key)"
             " DO UPDATE SET {} RETURNING pg_current_xact_id()::text::bigint"
-        ).format(
-            self._view,
-            sql.SQL("" if metadata is None else ", metadata"),
-            sql.SQL("" if metadata is None else ", %s"),
-            update,
-        )
+        ).format(self._view, note, update)
         with self._database.connection(self._address) as connection:
             row = connection.execute(statement, parameters).fetchone()
         self._wrote(row)
 
     def _in_partition(self, metadata: Metadata | None, partition: Partition) -> Metadata:
-        values.as_partition(partition)
+        text = values.as_partition(partition)
         field = self.partition_by
         if field is None:
             raise InvalidValueError(f"space {self._address!r} has no partitions")
-        return {**(metadata or {}), field: partition}
+        given = dict(metadata or {})
+        if field in given and values.as_partition(given[field]) != text:
+            raise InvalidValueError(
+                f"space {self._address!r}: partition {partition!r}, and {given[field]!r} in the"
+                f" metadata, field {field!r}"
+            )
+        return {field: partition, **given}
 
     @overload
     def multiset(

@@ -286,7 +286,7 @@ class Searchable(Rows):
                 ``vector``.
         """
         radius = values.as_number("distance", distance)
-        most = None if limit is None else values.as_count(limit)
+        most = None if limit is None else values.as_count(limit, "limit")
         values.require_one_of(key=key, vector=vector)
         among = _Among.of(filter, partition, index)
         address = self._pinned()
@@ -562,7 +562,10 @@ class Searchable(Rows):
     def _way_of_index(self, k: int, among: _Among) -> Way:
         answering = self._index(False, among)
         if answering is None:
-            return Way(False, "index", None, None, "the index of this process cannot answer yet")
+            why = "the index of this process cannot answer yet"
+            if among != _ALL and self._index(False) is not None:
+                why = "it does not know which rows match: a filter is learnt when it comes again"
+            return Way(False, "index", None, None, why)
         if among.partition is not None and answering.entry.partition_by is None:
             return Way(False, "index", None, None, "it is not kept by partitions")
         plan = answering.plan(k, among.partition)

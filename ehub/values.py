@@ -10,6 +10,7 @@ import json
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -58,14 +59,16 @@ def as_keys(keys: Iterable[object]) -> list[str]:
     """
     if isinstance(keys, str | bytes):
         raise InvalidKeyError(f"a list of keys is needed, not the string {_short(keys)}")
+    if not isinstance(keys, Iterable):
+        raise InvalidKeyError(f"a list of keys is needed, not {keys!r}")
     checked = [as_key(key) for key in keys]
     if not checked:
         raise InvalidValueError("an empty batch: no keys were given")
     return checked
 
 
-def as_count(k: SupportsIndex) -> int:
-    """Return the number of neighbours ``k`` as an int.
+def as_count(k: SupportsIndex, name: str = "k") -> int:
+    """Return a number of neighbours as an int; ``name`` says what it is.
 
     Raises:
         InvalidValueError: it is not a whole number from 1 to 2**31 - 1.
@@ -73,9 +76,9 @@ def as_count(k: SupportsIndex) -> int:
     try:
         count = k.__index__()
     except (AttributeError, TypeError):
-        raise InvalidValueError(f"k is a whole number, not {k!r}") from None
+        raise InvalidValueError(f"{name} is a whole number, not {k!r}") from None
     if not 1 <= count < 2**31:
-        raise InvalidValueError(f"k is a number from 1 to 2147483647, not {count}")
+        raise InvalidValueError(f"{name} is a number from 1 to 2147483647, not {count}")
     return count
 
 
@@ -100,7 +103,7 @@ def as_number(name: str, value: float) -> float:
     """
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InvalidValueError(f"{name} is a number, not {value!r}") from None
 
 
@@ -137,12 +140,17 @@ def as_partition(partition: object) -> str | None:
     """
     if partition is None:
         return None
-    if isinstance(partition, str) and "\0" not in partition:
+    if isinstance(partition, str) and "\0" not in partition and _is_utf8(partition):
         return partition
+    if isinstance(partition, np.generic):
+        partition = partition.item()
     if not isinstance(partition, int | float) or not math.isfinite(partition):
         raise InvalidValueError(
-            f"a partition is a string without NUL, a number, True or False, not {partition!r}"
+            f"a partition is text without NUL, a number, True or False, not {partition!r}"
         )
+    if isinstance(partition, float):
+        # Postgres writes numbers without exponents, and knows no negative zero.
+        return format(Decimal(repr(partition or 0.0)), "f")
     return json.dumps(partition)
 
 
@@ -252,13 +260,28 @@ def as_json(metadata: object, name: str) -> str:
             f"{name}: metadata is a mapping (a JSON object), not {type(metadata).__name__}"
         )
     try:
-        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False)
+        text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, default=_plain)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidMetadataError(f"{name}: metadata is not JSON: {error}") from None
     if "\\u0000" in text.replace("\\\\", ""):
         raise InvalidMetadataError(f"{name}: metadata holds a NUL character, Postgres has none")
     return text
+
+
+def _plain(value: object) -> object:
+    """Return numpy's scalars, which come out of its arrays, as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is no value of JSON")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def describe(space: str, key: str) -> str:

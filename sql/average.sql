@@ -15,8 +15,8 @@
 CREATE OR REPLACE FUNCTION ehub.average_steps(what text, field text) RETURNS text[]
 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF field IS NULL OR octet_length(field) > 1000 THEN
-        RAISE EXCEPTION '% is the name of a field of metadata with 1000 bytes at most, not %', what,
+    IF octet_length(field) NOT BETWEEN 1 AND 1000 OR field IS NULL THEN
+        RAISE EXCEPTION '% is the name of a field of metadata, of 1 to 1000 bytes, not %', what,
             coalesce(quote_literal(left(field, 60)), 'NULL') USING ERRCODE = 'EH005';
     END IF;
     -- What is no name is an error there.

@@ -55,7 +55,9 @@ BEGIN
         (plan ->> 'rows')::bigint, (plan ->> 'compared')::bigint,
         coalesce(refused, plan ->> 'note');
     RETURN QUERY SELECT refused IS NOT NULL, 'exact', estimate, estimate, 'compares all that match,'
-        || ' by the estimate of the planner';
+        || CASE WHEN c.reltuples < 0 THEN ' how many is a guess: ANALYZE has not been there'
+            ELSE ' by the estimate of the planner' END
+    FROM pg_class AS c WHERE c.oid = to_regclass('ehub_data.v' || target.version_id);
     -- What is often a slip of the pen: a field that no row of a sample has.
     RETURN QUERY EXECUTE format(
         'SELECT false, ''note'', NULL::bigint, NULL::bigint, ''no row of a sample has field '' || f.field'

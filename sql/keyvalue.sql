@@ -6,19 +6,30 @@ CREATE OR REPLACE FUNCTION ehub.set(
     space text, key text, embedding @vector@.vector, metadata jsonb DEFAULT NULL
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    kept text := ehub.kept_metadata(ehub.require_space($1), '$1');
 BEGIN
-    PERFORM ehub.require_space($1);
     IF $2 IS NULL OR $3 IS NULL THEN
         RAISE EXCEPTION 'space %: a row has a key and an embedding', quote_literal($1)
             USING ERRCODE = CASE WHEN $2 IS NULL THEN 'EH006' ELSE 'EH004' END;
     END IF;
     EXECUTE format(
-        'INSERT INTO spaces.%I (key, embedding, metadata) VALUES ($1, $2, coalesce($3, ''{}''))'
+        'INSERT INTO spaces.%I (key, embedding, metadata) VALUES ($1, $2, coalesce($3, %s))'
         ' ON CONFLICT (key) DO UPDATE SET embedding = EXCLUDED.embedding%s',
-        $1,
+        $1, kept,
         CASE WHEN $4 IS NOT NULL THEN ', metadata = EXCLUDED.metadata' ELSE '' END
     ) USING $2, $3, $4;
 END $$;
+
+-- The metadata that a row without any is inserted with, as an expression: nothing; or, where a row
+-- without its partition is refused before it is seen that there is one already, what that one has.
+CREATE OR REPLACE FUNCTION ehub.kept_metadata(target ehub.catalogue, key text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN target.partition_by IS NULL THEN '''{}''' ELSE format(
+        'coalesce((SELECT t.metadata FROM ehub_data.%I AS t WHERE t.key = %s), ''{}'')',
+        'v' || target.version_id, key
+    ) END
+$$;
 
 -- The embedding of a key.
 CREATE OR REPLACE FUNCTION ehub.get(space text, key text) RETURNS @vector@.vector

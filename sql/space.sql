@@ -199,10 +199,11 @@ BEGIN
     PERFORM ehub.ring();
 END $$;
 
--- Take away what ehub.add_version has made, and the images that checkpoints needed.
+-- Take away what ehub.add_version has made, and the images that checkpoints needed. What there may be
+-- and is not is not worth a notice.
 CREATE OR REPLACE FUNCTION ehub.remove_version(space text, version text, version_id bigint)
 RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET client_min_messages = warning AS $$
 BEGIN
     PERFORM ehub.unfollow(version_id);
     EXECUTE format('DROP VIEW spaces.%I', space || '@' || version);

@@ -26,10 +26,10 @@ CREATE OR REPLACE FUNCTION ehub.merge_staged(space text) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     target text := format('spaces.%I', space);
+    kept text := ehub.kept_metadata(ehub.require_space(space), 's.key');
     merged bigint;
     total bigint;
 BEGIN
-    PERFORM ehub.require_space(space);
     DELETE FROM pg_temp.ehub_staging AS s
     USING (
         SELECT key, max(ordinal) AS latest FROM pg_temp.ehub_staging
@@ -51,11 +51,11 @@ BEGIN
             );
             GET DIAGNOSTICS total = ROW_COUNT;
             EXECUTE format(
-                'INSERT INTO %s (key, embedding)'
-                ' SELECT key, embedding FROM pg_temp.ehub_staging WHERE metadata IS NULL'
-                ' ORDER BY key'
+                'INSERT INTO %s (key, embedding, metadata)'
+                ' SELECT s.key, s.embedding, %s FROM pg_temp.ehub_staging AS s'
+                ' WHERE s.metadata IS NULL ORDER BY s.key'
                 ' ON CONFLICT (key) DO UPDATE SET embedding = EXCLUDED.embedding',
-                target
+                target, kept
             );
             GET DIAGNOSTICS merged = ROW_COUNT;
             RETURN total + merged;

@@ -12,7 +12,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'drop_partition', 'element_implies', 'estimated_rows', 'example_query', 'explain_nearest',
         'field_path', 'filter_condition', 'filter_of_field', 'filter_of_index', 'filter_parts',
         'filter_path', 'filter_text', 'filter_with_index', 'get', 'implies', 'index_missing',
-        'indexes_for', 'joined', 'mean_of_examples', 'merge_staged', 'nearest', 'nearest_at',
+        'indexes_for', 'joined', 'kept_metadata', 'mean_of_examples', 'merge_staged', 'nearest', 'nearest_at',
         'nearest_exact', 'nearest_exact_to', 'nearest_like', 'nearest_many', 'nearest_of_batch',
         'nearest_to', 'overlap', 'overlap_of_queries', 'partitions', 'refuse_average',
         'refuse_filter', 'refuse_key', 'refuse_partition', 'refuse_row', 'refuse_space',

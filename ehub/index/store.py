@@ -254,8 +254,17 @@ def _checksum(path: Path) -> int:
 
 def _checksum_of(content: bytes | mmap.mmap) -> int:
     starts = range(0, len(content), _PART_BYTES)
-    with memoryview(content) as view, ThreadPoolExecutor() as beside:
-        sums = beside.map(lambda start: zlib.crc32(view[start : start + _PART_BYTES]), starts)
+    with memoryview(content) as view:
+
+        def of_part(start: int) -> int:
+            return zlib.crc32(view[start : start + _PART_BYTES])
+
+        try:
+            with ThreadPoolExecutor() as beside:
+                sums = list(beside.map(of_part, starts))
+        except RuntimeError:
+            # An interpreter that is leaving starts no threads.
+            sums = list(map(of_part, starts))
         return zlib.crc32(b"".join(each.to_bytes(4, "big") for each in sums))
 
 

@@ -186,21 +186,26 @@ def test_partitions(run, tmp_path):
 
 def test_the_graph_of_all_neighbours_goes_on_where_it_was(run, tmp_path):
     run("load", things(tmp_path / "a.jsonl"), "s", "--key", "key", "--vector", "vector")
-    file = tmp_path / "graph.jsonl"
+    file, note = tmp_path / "graph.jsonl", tmp_path / "graph.jsonl.part"
     assert "60 rows with their 3 nearest" in run("graph", "s", file, "-k", 3).stdout
     whole = file.read_text()
+    assert not note.exists()
     lines = [json.loads(line) for line in whole.splitlines()]
     assert [line["key"] for line in lines] == [f"w{i:03}" for i in range(60)]
     assert all(len(line["neighbors"]) == 3 for line in lines)
     # Cut off in the middle of a line, as by a kill.
     file.write_text(whole[: len(whole) // 2])
+    note.write_text('{"graph": "s@v1", "k": 3}')
+    assert "begun with others" in run("graph", "s", file, "-k", 4, code=1).stderr
     assert "60 rows" in run("graph", "s", file, "-k", 3).stdout
     assert file.read_text() == whole
     file.write_text("something else\n")
-    assert "line 1: not of a graph" in run("graph", "s", file, code=1).stderr
+    assert "is there already" in run("graph", "s", file, code=1).stderr
     assert file.read_text() == "something else\n"
     run("graph", "s", file, "-k", 3, "--restart")
     assert file.read_text() == whole
+    run("graph", "nope", tmp_path / "other.jsonl", code=1)
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 def test_index_and_status_tell_how_it_is(run, tmp_path):

@@ -202,6 +202,53 @@ def test_partitions_are_searched_apart(connect, place):
     assert "x" not in space
 
 
+@pytest.mark.parametrize("place", ["none", "local"])
+def test_partitions_go_by_the_text_that_postgres_gives_a_value(connect, place):
+    space = connect(index=place).create_space("s", 2, partition_by="t")
+    values = [
+        1e20,
+        1e-7,
+        1.5e300,
+        -0.0,
+        0.1,
+        10**25,
+        7,
+        True,
+        "",
+        "é'\"",
+        np.int64(8),
+        np.float32(0.5),
+    ]
+    for i, value in enumerate(values):
+        space.set(f"k{i}", [i, 1], partition=value)
+    if place == "local":
+        space.wait_until_indexed(30)
+    for i, value in enumerate(values):
+        found = space.nearest_neighbors(9, vector=[0, 0], partition=value)
+        assert [one.key for one in found] == [f"k{i}"], value
+        # Without metadata a row keeps its own, and so its place.
+        space.set(f"k{i}", [i, 2])
+        space.multiset({f"k{i}": [i, 3]})
+        assert space.get(f"k{i}").tolist() == [i, 3]
+        assert space.drop_partition(value) == 1
+    with pytest.raises(ehub.InvalidValueError, match="partition 'a', and 'b' in the metadata"):
+        space.set("x", [1, 1], {"t": "b"}, partition="a")
+    with pytest.raises(ehub.InvalidMetadataError, match="nothing"):
+        space.set("x", [1, 1])
+    with pytest.raises(ehub.InvalidValueError, match="a partition is text"):
+        space.nearest_neighbors(1, vector=[1, 1], partition="\ud800")
+
+
+def test_values_of_numpy_are_values(connect):
+    space = connect(index="none").create_space("s", 2)
+    space.set("a", [1, 1], {"n": np.int64(3), "x": np.float32(0.5)})
+    assert space.metadata("a") == {"n": 3, "x": 0.5}
+    found = space.nearest_neighbors(
+        1, vector=[1, 1], filter={"n": np.int64(3), "x": {"<": np.float64(1)}}
+    )
+    assert [one.key for one in found] == ["a"]
+
+
 def test_names_and_values_may_look_like_anything(connect):
     """What is special to SQL, to formats and to placeholders."""
     name, value = "te%n'ant\"{x}\\ %s", "50% {0} %s ' \\"
@@ -403,7 +450,7 @@ BAD = {
     ),
     "radius": (lambda s: s.within(float("nan"), key="k1"), ehub.InvalidValueError, "NaN"),
     "radius: text": (lambda s: s.within("far", key="k1"), ehub.InvalidValueError, "'far'"),
-    "limit": (lambda s: s.within(1, key="k1", limit=0), ehub.InvalidValueError, "not 0"),
+    "limit": (lambda s: s.within(1, key="k1", limit=0), ehub.InvalidValueError, "limit is"),
     "within of two": (
         lambda s: s.within(1, key="k1", vector=[1] * DIMS),
         ehub.InvalidValueError,
@@ -412,6 +459,14 @@ BAD = {
     "within of a stranger": (lambda s: s.within(1, key="nope"), ehub.KeyNotFoundError, "'nope'"),
     "distance": (lambda s: s.distance("k1", "nope"), ehub.KeyNotFoundError, "'nope'"),
     "distances": (lambda s: s.distances(["k1", "nope"]), ehub.KeyNotFoundError, "'nope'"),
+    "distances of None": (lambda s: s.distances(None), ehub.InvalidKeyError, "None"),
+    "average of a number": (lambda s: s.average(["k1"], 2), ehub.InvalidValueError, "list"),
+    "average of too much": (
+        lambda s: s.average(["k1"], [10**400]),
+        ehub.InvalidValueError,
+        "number",
+    ),
+    "averages by nothing": (lambda s: s.averages(""), ehub.InvalidValueError, "by is the name"),
     "distances of nothing": (lambda s: s.distances([]), ehub.InvalidValueError, "no keys"),
     "graph": (lambda s: list(s.nearest_neighbors_of_all(0)), ehub.InvalidValueError, "not 0"),
     "explain": (
