@@ -87,6 +87,7 @@ FUNCTIONS = {
     "filter_of_field": (ANYBODY, "ehub.filter_of_field('a', '1')"),
     "filter_of_index": (ANYBODY, "ehub.filter_of_index(1, 'unknown')", "EH022"),
     "filter_parts": (ANYBODY, "ehub.filter_parts('{\"a\": 1}')"),
+    "kept_metadata": (ANYBODY, f"ehub.kept_metadata({ME}, 'k')"),
     "filter_path": (ANYBODY, "ehub.filter_path('{\"a\": 1}')"),
     "filter_text": (ANYBODY, "ehub.filter_text('{\"a\": 1}', 1)"),
     "filter_with_index": (ANYBODY, f"ehub.filter_with_index({ME}, '{{\"a\": 1}}', NULL)"),
