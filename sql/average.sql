@@ -19,13 +19,7 @@ BEGIN
         RAISE EXCEPTION '% is the name of a field of metadata, of 1 to 1000 bytes, not %', what,
             coalesce(quote_literal(left(field, 60)), 'NULL') USING ERRCODE = 'EH005';
     END IF;
-    -- What is no name is an error there.
-    PERFORM ehub.field_path(field);
-    RETURN ARRAY(
-        SELECT regexp_replace(m[1], '\\(.)', '\1', 'g')
-        FROM regexp_matches(field, '((?:[^.\\]|\\.)+)', 'g') WITH ORDINALITY AS t (m, place)
-        ORDER BY place
-    );
+    RETURN ehub.field_steps(field);
 END $$;
 
 -- The value of a field, as an expression over `metadata`; NULL where it is none, or no scalar.
@@ -144,7 +138,6 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET extra_float_di
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
     relation text := format('ehub_data.%I', 'v' || target.version_id);
-    missing text[];
     wrong record;
     result record;
 BEGIN
@@ -161,23 +154,11 @@ BEGIN
             CASE WHEN filter IS NULL THEN 'true' ELSE 'metadata @@ $1' END
         ) INTO result USING ehub.filter_path(filter);
         RETURN result.embedding;
-    ELSIF cardinality(keys) = 0 THEN
-        RAISE EXCEPTION 'space %: an empty batch: no keys were given', quote_literal(space)
-            USING ERRCODE = 'EH005';
-    ELSIF cardinality(weights) <> cardinality(keys) THEN
+    ELSIF cardinality(keys) > 0 AND cardinality(weights) <> cardinality(keys) THEN
         RAISE EXCEPTION 'space %: a weight for each key is needed: % keys, % weights',
             quote_literal(space), cardinality(keys), cardinality(weights) USING ERRCODE = 'EH005';
     END IF;
-    EXECUTE format(
-        'SELECT array_agg(w.key) FROM ('
-        ' SELECT w.key FROM unnest($1) WITH ORDINALITY AS w (key, place)'
-        ' WHERE NOT EXISTS (SELECT FROM %s AS t WHERE t.key = w.key) ORDER BY w.place LIMIT 1'
-        ') AS w',
-        relation
-    ) INTO missing USING keys;
-    IF missing IS NOT NULL THEN
-        PERFORM ehub.refuse_key(space, missing[1]);
-    END IF;
+    PERFORM ehub.require_keys(target, keys);
     SELECT w.weight, k.key INTO wrong
     FROM unnest(weights) WITH ORDINALITY AS w (weight, place)
     JOIN unnest(keys) WITH ORDINALITY AS k (key, place) ON k.place = w.place
@@ -326,7 +307,6 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     followed text := format('ehub_data.%I', 'v' || source);
     relation text := format('ehub_data.%I', 'v' || version_id);
-    trigger record;
 BEGIN
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', followed);
     EXECUTE format(
@@ -345,19 +325,10 @@ BEGIN
     );
     PERFORM ehub.create_follower(kept, source, version_id);
     EXECUTE ehub.averages_statement(kept, source, version_id, everything => true);
-    FOR trigger IN
-        VALUES
-            ('INSERT', 'REFERENCING NEW TABLE AS new_rows'),
-            ('UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'),
-            ('DELETE', 'REFERENCING OLD TABLE AS old_rows'),
-            ('TRUNCATE', '')
-    LOOP
-        EXECUTE format(
-            'CREATE TRIGGER %I AFTER %s ON %s %s FOR EACH STATEMENT EXECUTE FUNCTION ehub_data.%I()',
-            'ehub_average_' || version_id || '_' || lower(trigger.column1), trigger.column1,
-            followed, trigger.column2, 'follow_v' || version_id
-        );
-    END LOOP;
+    PERFORM ehub.add_statement_triggers(
+        followed, 'ehub_average_' || version_id || '_',
+        format('ehub_data.%I()', 'follow_v' || version_id)
+    );
     EXECUTE format(
         'CREATE TRIGGER ehub_average BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s'
         ' FOR EACH STATEMENT EXECUTE FUNCTION ehub.refuse_direct_write(%L)',

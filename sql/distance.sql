@@ -20,20 +20,8 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_column
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
-    missing text;
 BEGIN
-    IF coalesce(cardinality(keys), 0) = 0 THEN
-        RAISE EXCEPTION 'space %: an empty batch: no keys were given', quote_literal(space)
-            USING ERRCODE = 'EH005';
-    END IF;
-    EXECUTE format(
-        'SELECT coalesce(k, '''') FROM unnest($1) AS k'
-        ' WHERE NOT EXISTS (SELECT FROM ehub_data.%I AS t WHERE t.key = k) LIMIT 1',
-        'v' || target.version_id
-    ) INTO missing USING keys;
-    IF missing IS NOT NULL THEN
-        PERFORM ehub.refuse_key(space, missing);
-    END IF;
+    PERFORM ehub.require_keys(target, keys);
     RETURN QUERY EXECUTE format(
         'WITH asked AS MATERIALIZED ('
         ' SELECT t.key, t.embedding, w.place FROM ehub_data.%I AS t JOIN ('

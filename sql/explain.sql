@@ -14,7 +14,6 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
     mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
-    path jsonpath;
     estimate bigint;
     proposed record;
     plan jsonb;
@@ -24,8 +23,7 @@ BEGIN
     PERFORM ehub.require_query(target, query, k);
     PERFORM ehub.require_partition(target, partition);
     filter := ehub.filter_with_index(target, filter, index);
-    path := ehub.filter_path(filter);
-    estimate := ehub.estimated_rows(target, path, partition);
+    estimate := ehub.estimated_rows(target, filter, partition);
     IF mode = 'exact' THEN
         refused := 'ehub.mode is exact';
     ELSE
@@ -37,7 +35,7 @@ BEGIN
         plan := proposed.plan;
         IF refused IS NULL AND NOT proposed.matching THEN
             more := ehub.candidates_needed(
-                target, path, partition, k, cardinality(proposed.keys)
+                target, filter, partition, k, cardinality(proposed.keys)
             );
             EXECUTE format(
                 'SELECT CASE WHEN count(*) < $1 THEN format(''%%s of the %%s nearest match'','

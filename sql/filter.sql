@@ -96,20 +96,30 @@ BEGIN
     RETURN array_to_string(parts, operator);
 END $$;
 
--- The steps of jsonpath to a field.
+-- The jsonpath to a field.
 CREATE OR REPLACE FUNCTION ehub.field_path(field text) RETURNS text
 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF strpos(field, '.') = 0 AND strpos(field, '\') = 0 AND field <> '' THEN
         RETURN '$.' || to_json(field);
-    ELSIF field !~ '^([^.\\]|\\.)+(\.([^.\\]|\\.)+)*$' THEN
-        PERFORM ehub.refuse_filter(format('a field has a name, %s has an empty one', to_json(field)));
     END IF;
     RETURN '$' || (
-        SELECT string_agg(
-            '.' || to_json(regexp_replace(m[1], '\\(.)', '\1', 'g')), '' ORDER BY place
-        )
+        SELECT string_agg('.' || to_json(step), '' ORDER BY place)
+        FROM unnest(ehub.field_steps(field)) WITH ORDINALITY AS s (step, place)
+    );
+END $$;
+
+-- The names of the objects, and at the end of the field, that a field of metadata stands for.
+CREATE OR REPLACE FUNCTION ehub.field_steps(field text) RETURNS text[]
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF field !~ '^([^.\\]|\\.)+(\.([^.\\]|\\.)+)*$' THEN
+        PERFORM ehub.refuse_filter(format('a field has a name, %s has an empty one', to_json(field)));
+    END IF;
+    RETURN ARRAY(
+        SELECT regexp_replace(m[1], '\\(.)', '\1', 'g')
         FROM regexp_matches(field, '((?:[^.\\]|\\.)+)', 'g') WITH ORDINALITY AS t (m, place)
+        ORDER BY place
     );
 END $$;
 
@@ -236,7 +246,7 @@ END $$;
 -- knows those that users write: the same parts, fewer of them, wider bounds, longer lists.
 CREATE OR REPLACE FUNCTION ehub.implies(filter jsonb, wider jsonb) RETURNS boolean
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT NOT EXISTS (
+    SELECT filter = wider OR NOT EXISTS (
         SELECT FROM ehub.filter_parts(wider) AS w
         WHERE NOT EXISTS (
             SELECT FROM ehub.filter_parts(filter) AS f

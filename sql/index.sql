@@ -160,7 +160,7 @@ BEGIN
     RETURN QUERY
     SELECT i.index_id, nullif(asked, i.filter) FROM ehub.indexes AS i
     WHERE i.version_id = target.version_id AND i.rows IS NULL AND (
-        i.name IS NULL OR i.name = index OR i.filter = asked OR ehub.implies(asked, i.filter)
+        i.name IS NULL OR i.name = index OR ehub.implies(asked, i.filter)
     )
     ORDER BY i.filter = asked DESC NULLS LAST, i.name = index DESC NULLS LAST, i.name IS NULL;
 END $$;
@@ -207,8 +207,7 @@ BEGIN
         ORDER BY r.state = 'ready' DESC LIMIT 1
     ) AS r ON true
     WHERE i.version_id = $2 AND i.name IS NOT NULL
-        AND (i.filter = asked OR ehub.implies(asked, i.filter))
-        AND (i.name = $3 OR r.state = 'ready')
+        AND ehub.implies(asked, i.filter) AND (i.name = $3 OR r.state = 'ready')
     ORDER BY i.name = $3 DESC NULLS LAST, i.filter = asked DESC, r.rows LIMIT 1;
     IF FOUND THEN
         index_id := chosen.id;
@@ -221,7 +220,7 @@ END $$;
 -- How many candidates to ask for where so many near ones were too few to find as many as are needed
 -- that match; NULL where it takes less to compare all that match.
 CREATE OR REPLACE FUNCTION ehub.candidates_needed(
-    target ehub.catalogue, path jsonpath, partition text, needed int, seen int
+    target ehub.catalogue, filter jsonb, partition text, needed int, seen int
 ) RETURNS int
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -229,7 +228,7 @@ DECLARE
         SELECT c.reltuples FROM pg_class AS c
         WHERE c.oid = to_regclass('ehub_data.v' || target.version_id)
     ));
-    matching float8 := ehub.estimated_rows(target, path, partition);
+    matching float8 := ehub.estimated_rows(target, filter, partition);
     asked float8 := 2 * needed * every / matching;
 BEGIN
     RETURN CASE WHEN asked > seen AND asked <= 10000 AND 20 * asked < every THEN asked END;
@@ -237,7 +236,7 @@ END $$;
 
 -- The planner's idea of how many rows match, from the statistics on the metadata.
 CREATE OR REPLACE FUNCTION ehub.estimated_rows(
-    target ehub.catalogue, path jsonpath, partition text
+    target ehub.catalogue, filter jsonb, partition text
 ) RETURNS bigint
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -245,10 +244,7 @@ DECLARE
 BEGIN
     EXECUTE format(
         'EXPLAIN (FORMAT json) SELECT FROM ehub_data.%I WHERE %s', 'v' || target.version_id,
-        concat_ws(
-            ' AND ', 'true', format('metadata @@ %L', path),
-            format('metadata ->> %L = ', target.partition_by) || quote_literal(partition)
-        )
+        coalesce(ehub.conditions(target, filter, partition), 'true')
     ) INTO plan;
     RETURN greatest(1, (plan #>> '{0,Plan,Plan Rows}')::bigint);
 END $$;

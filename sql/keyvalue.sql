@@ -61,6 +61,27 @@ BEGIN
     END IF;
 END $$;
 
+-- Refuse keys of which one is not there: the first of them is named.
+CREATE OR REPLACE FUNCTION ehub.require_keys(target ehub.catalogue, keys text[]) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    missing text[];
+BEGIN
+    IF coalesce(cardinality(keys), 0) = 0 THEN
+        RAISE EXCEPTION 'space %: an empty batch: no keys were given', quote_literal(target.space)
+            USING ERRCODE = 'EH005';
+    END IF;
+    EXECUTE format(
+        'SELECT ARRAY[w.key] FROM unnest($1) WITH ORDINALITY AS w (key, place)'
+        ' WHERE NOT EXISTS (SELECT FROM ehub_data.%I AS t WHERE t.key = w.key)'
+        ' ORDER BY w.place LIMIT 1',
+        'v' || target.version_id
+    ) INTO missing USING keys;
+    IF missing IS NOT NULL THEN
+        PERFORM ehub.refuse_key(target.space, missing[1]);
+    END IF;
+END $$;
+
 CREATE OR REPLACE FUNCTION ehub.refuse_key(space text, key text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN

@@ -344,7 +344,7 @@ BEGIN
             ELSIF NOT proposed.matching THEN
                 reason := 'too few of the rows near it match';
                 asked := ehub.candidates_needed(
-                    target, path, partition, needed, cardinality(proposed.keys)
+                    target, filter, partition, needed, cardinality(proposed.keys)
                 );
                 EXIT WHEN asked IS NULL;
             ELSIF ehub.deciding_keys(

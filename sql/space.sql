@@ -155,6 +155,17 @@ BEGIN
 END $$;
 
 CREATE OR REPLACE FUNCTION ehub.create_log_triggers(version_id bigint) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ehub.add_statement_triggers(
+        format('ehub_data.%I', 'v' || version_id), 'ehub_log_',
+        format('ehub.log_change(%L)', version_id)
+    )
+$$;
+
+-- Have a function called after every statement that changes a relation, with what it changed in tables
+-- new_rows and old_rows.
+CREATE OR REPLACE FUNCTION ehub.add_statement_triggers(relation text, prefix text, call text)
+RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     trigger record;
@@ -167,10 +178,8 @@ BEGIN
             ('TRUNCATE', '')
     LOOP
         EXECUTE format(
-            'CREATE TRIGGER %I AFTER %s ON ehub_data.%I %s'
-            ' FOR EACH STATEMENT EXECUTE FUNCTION ehub.log_change(%L)',
-            'ehub_log_' || lower(trigger.column1), trigger.column1, 'v' || version_id,
-            trigger.column2, version_id
+            'CREATE TRIGGER %I AFTER %s ON %s %s FOR EACH STATEMENT EXECUTE FUNCTION %s',
+            prefix || lower(trigger.column1), trigger.column1, relation, trigger.column2, call
         );
     END LOOP;
 END $$;

@@ -83,6 +83,8 @@ FUNCTIONS = {
     "conditions": (ANYBODY, f"ehub.conditions({ME}, '{{\"a\": 1}}', NULL)"),
     "element_implies": (ANYBODY, "ehub.element_implies('{\"=\": 1}', '{\"<\": 2}')"),
     "field_path": (ANYBODY, "ehub.field_path('a.b')"),
+    "field_steps": (ANYBODY, "ehub.field_steps('a.b')"),
+    "require_keys": ("read", f"ehub.require_keys({ME}, '{{mine_1}}')"),
     "filter_condition": (ANYBODY, "ehub.filter_condition('{\"a\": 1}')"),
     "filter_of_field": (ANYBODY, "ehub.filter_of_field('a', '1')"),
     "filter_of_index": (ANYBODY, "ehub.filter_of_index(1, 'unknown')", "EH022"),
@@ -98,10 +100,10 @@ FUNCTIONS = {
     "require_partition": (ANYBODY, f"ehub.require_partition({ME}, NULL)"),
     "require_partition_field": (ANYBODY, "ehub.require_partition_field('s', 'f')"),
     "require_scalar": (ANYBODY, "ehub.require_scalar('f', '=', '1')"),
-    "candidates_needed": ("read", f"ehub.candidates_needed({ME}, '$.a == 1', NULL, 1, 1)"),
+    "candidates_needed": ("read", f"ehub.candidates_needed({ME}, '{{\"a\": 1}}', NULL, 1, 1)"),
     "distance": ("read", "ehub.distance('secret', 'mine_1', 'mine_2')"),
     "distances": ("read", "ehub.distances('secret', '{mine_1,mine_2}')"),
-    "estimated_rows": ("read", f"ehub.estimated_rows({ME}, '$.a == 1', NULL)"),
+    "estimated_rows": ("read", f"ehub.estimated_rows({ME}, '{{\"a\": 1}}', NULL)"),
     "example_query": ("read", "ehub.example_query('secret', '{mine_1}', '{mine_2}')"),
     "explain_nearest": (
         "read",
@@ -221,7 +223,7 @@ FUNCTIONS = {
         *("drop_followers", "follow", "followers", "hold_average", "like_of"),
         *("refuse_direct_write", "require_no_average", "require_no_followers"),
         *("show_followers", "switch_followers", "unfollow"),
-        *("add_partitions", "carry_indexes", "choose_index"),
+        *("add_partitions", "add_statement_triggers", "carry_indexes", "choose_index"),
         *("add_default", "add_version", "apply_access", "apply_create", "apply_policies"),
         *(
             "apply_usage",
@@ -575,8 +577,8 @@ def test_a_forged_target_opens_nothing(people):
     target = f"{sql.Literal(row).as_string(boss)}::ehub.catalogue"
     for kind in ("stranger", "limited", "reader", "admin", "maker"):
         for call in (
-            f"ehub.estimated_rows({target}, '$.a == 1', NULL)",
-            f"ehub.candidates_needed({target}, '$.a == 1', NULL, 1, 1)",
+            f"ehub.estimated_rows({target}, '{{\"a\": 1}}', NULL)",
+            f"ehub.candidates_needed({target}, '{{\"a\": 1}}', NULL, 1, 1)",
             f"ehub.mean_of_examples({target}, '{{elsewhere}}', NULL)",
             f"ehub.nearest_of_batch({target}, ARRAY[{V}], 5, NULL, NULL, NULL)",
             f"ehub.filter_with_index({target}, NULL, 'own')",
