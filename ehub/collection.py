@@ -257,13 +257,7 @@ class Collection(Searchable):
                     self._address,
                     values.as_name("an index", name),
                     values.as_filter(where),
-                    None if M is None else values.as_whole("M", M),
-                    None
-                    if ef_construction is None
-                    else values.as_whole("ef_construction", ef_construction),
-                    None
-                    if target_recall is None
-                    else values.as_number("target_recall", target_recall),
+                    *values.as_build(M, ef_construction, target_recall),
                 ],
             )
 

@@ -20,8 +20,8 @@ from ehub.errors import (
     ServiceError,
     WaitTimeoutError,
 )
-from ehub.index import Found, PartitionedIndex
-from ehub.replica import Answering, Progress, Replica
+from ehub.index import PartitionedIndex
+from ehub.replica import Answering, Progress, Replica, rows_near
 from ehub.rows import Rows
 from ehub.types import (
     Consistency,
@@ -38,8 +38,6 @@ _WAIT_SECONDS = 0.05
 _PAGE_ROWS = 4096
 # So many at once: writers, and readers behind them, wait for the whole of it.
 _BATCH_ROWS = 256
-# Where it is not known what matches: so many near rows for each that is wanted, and some at least.
-_NEAR, _LEAST_NEAR = 20, 200
 
 Examples: TypeAlias = Sequence[str] | Mapping[str, float]
 """Keys, or a mapping from keys to what each weighs."""
@@ -202,7 +200,7 @@ class Searchable(Rows):
             query = self._as_vector(vector, f"space {self._address!r}, query")
         answering = self._index_for_queries(strong, among, address)
         if answering is not None:
-            found = _search(answering, query[None], count + len(left_out), among)
+            found = answering.search(query[None], count + len(left_out), among.partition)
             if found is not None:
                 near = [one for one in map(Neighbor, *found[0]) if one.key not in left_out]
                 answer = self._complete(near[:count], metadata, answering)
@@ -445,7 +443,7 @@ class Searchable(Rows):
         answering = self._index_for_queries(False, _ALL, address)
         if answering is None or isinstance(answering.index, PartitionedIndex):
             return None
-        found = answering.search(query[None], max(_NEAR * k, _LEAST_NEAR))
+        found = answering.search(query[None], rows_near(k))
         if found is None:
             return None
         statement = sql.SQL(
@@ -467,7 +465,7 @@ class Searchable(Rows):
         answering = self._index(strong, among)
         vector = None if answering is None else answering.whole.vector(key)
         if answering is not None and vector is not None:
-            found = _search(answering, vector[None], k + 1, among)
+            found = answering.search(vector[None], k + 1, among.partition)
             if found is not None:
                 near = [one for one in map(Neighbor, *found[0]) if one.key != key]
                 answer = self._complete(near[:k], metadata, answering)
@@ -487,7 +485,7 @@ class Searchable(Rows):
     ) -> list[list[Neighbor]]:
         answering = self._index_for_queries(strong, among, address)
         if answering is not None:
-            found = _search(answering, queries, k, among)
+            found = answering.search(queries, k, among.partition)
             if found is not None:
                 flat = [neighbor for one in found for neighbor in map(Neighbor, *one)]
                 whole = self._complete(flat, metadata, answering)
@@ -544,7 +542,7 @@ class Searchable(Rows):
         answering = self._index_for_queries(False, among, address)
         asked = 100 + len(left_out)
         while answering is not None:
-            found = _search(answering, query[None], asked, among)
+            found = answering.search(query[None], asked, among.partition)
             if found is None:
                 return None
             keys, distances = found[0]
@@ -561,21 +559,16 @@ class Searchable(Rows):
 
     def _way_of_index(self, k: int, among: _Among) -> Way:
         answering = self._index(False, among)
-        if answering is None:
+        if among.partition is not None and answering and answering.entry.partition_by is None:
+            return Way(False, "index", None, None, "it is not kept by partitions")
+        plan = None if answering is None else answering.plan(k, among.partition)
+        if answering is None or plan is None:
             why = "the index of this process cannot answer yet"
             if among != _ALL and self._index(False) is not None:
                 why = "it does not know which rows match: a filter is learnt when it comes again"
             return Way(False, "index", None, None, why)
-        if among.partition is not None and answering.entry.partition_by is None:
-            return Way(False, "index", None, None, "it is not kept by partitions")
-        plan = answering.plan(k, among.partition)
-        if plan is None:
-            return Way(False, "index", None, None, "it does not know yet which rows match")
         name = f" {answering.entry.name}" if answering.entry.name else ""
-        note = f"index{name}: " + (
-            f"asks the graph for {plan.asked}" if plan.by == "graph" else "compares all that match"
-        )
-        return Way(True, plan.by, plan.rows, plan.compared, note)
+        return Way(True, plan.by, plan.rows, plan.compared, f"index{name}: {plan.note}")
 
     def _complete(
         self, near: list[Neighbor], metadata: bool, answering: Answering
@@ -753,10 +746,3 @@ class Searchable(Rows):
         if consistency not in ("replica", "strong"):
             raise InvalidValueError(f"consistency is 'replica' or 'strong', not {consistency!r}")
         return consistency == "strong"
-
-
-def _search(answering: Answering, queries: Matrix, k: int, among: _Among) -> list[Found] | None:
-    """Search an index; None where it cannot answer for these rows."""
-    if among.partition is not None and answering.entry.partition_by is None:
-        return None
-    return answering.search(queries, k, among.partition)

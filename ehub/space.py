@@ -154,11 +154,7 @@ class Space(Collection):
             None if dims is None else values.as_whole("dims", dims),
             metric,
             from_version,
-            None if M is None else values.as_whole("M", M),
-            None
-            if ef_construction is None
-            else values.as_whole("ef_construction", ef_construction),
-            None if target_recall is None else values.as_number("target_recall", target_recall),
+            *values.as_build(M, ef_construction, target_recall),
             None if partition_by is None else values.as_name("a field", partition_by),
         ]
         _version_address(self._address, name)

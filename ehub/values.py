@@ -107,6 +107,21 @@ def as_number(name: str, value: float) -> float:
         raise InvalidValueError(f"{name} is a number, not {value!r}") from None
 
 
+def as_build(
+    M: SupportsIndex | None, ef_construction: SupportsIndex | None, target_recall: float | None
+) -> list[float | None]:
+    """Return what an index is to be built with, None for what is not said; Postgres checks it.
+
+    Raises:
+        InvalidValueError: one of them is not a number.
+    """
+    return [
+        None if M is None else as_whole("M", M),
+        None if ef_construction is None else as_whole("ef_construction", ef_construction),
+        None if target_recall is None else as_number("target_recall", target_recall),
+    ]
+
+
 def as_name(what: str, name: object) -> str:
     """Return the name of ``what`` if it is a string that Postgres can read, and check.
 

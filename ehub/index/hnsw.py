@@ -33,6 +33,7 @@ _BUILD_BATCH = 4096
 _EXACT_BATCH = 8192
 _MEASURE_BATCH = 20
 _SLACK = 1.05
+_REBUILD_TOMBSTONES = 0.2
 # What a candidate that the graph keeps costs, in vectors that are compared.
 _COMPARED_A_CANDIDATE = 30
 # More than so many neighbours are not asked of it to find some that match.
@@ -60,6 +61,13 @@ class Plan(NamedTuple):
     rows: int
     compared: int
     asked: int = 0
+
+    @property
+    def note(self) -> str:
+        """Say it in words."""
+        if self.by == "graph":
+            return f"asks the graph for {self.asked}"
+        return "compares all that match"
 
 
 class Proposed(NamedTuple):
@@ -168,6 +176,15 @@ class HnswIndex:
         """Labels in the graph that are deleted: they cost time and memory until a rebuild."""
         return self._tombstones
 
+    def is_worn(self, few: int) -> bool:
+        """Whether deletions have made it worth another graph; so few rows and less count as that.
+
+        Tombstones cost searches some 15 % at a fifth of the graph. And deletions can cut a graph
+        apart; where many rows are alike another one would be no better.
+        """
+        apart = self.disconnected and self.tombstones > 0
+        return apart or self.tombstones > _REBUILD_TOMBSTONES * max(len(self), few)
+
     @property
     def memory(self) -> int:
         """The bytes that the graph takes, roughly: its serialised size."""
@@ -220,31 +237,28 @@ class HnswIndex:
         queries = self._comparable(queries)
         if selection is not None:
             with self._lock.read():
-                return self._proposed(
-                    self._nearest_selected(queries, k, selection, ef),
-                    lambda: self.plan(k, selection, len(queries)),
-                )
+                plan = self.plan(k, selection, len(queries))
+                return self._proposed(self._nearest_selected(queries, k, selection, ef), plan)
         if not ef or ef >= self.calibration.ef:
             with self._lock.read():
-                return self._proposed(self._nearest(queries, k, ef), lambda: self.plan(k))
+                return self._proposed(self._nearest(queries, k, ef), self.plan(k))
         with self._lock.write():
             self._graph.set_ef(ef)
             try:
-                return self._proposed(self._nearest(queries, k, ef), lambda: self.plan(k))
+                return self._proposed(self._nearest(queries, k, ef), self.plan(k))
             finally:
                 self._graph.set_ef(self.calibration.ef)
 
     def _proposed(
         self,
         found: tuple[NDArray[np.int64], NDArray[np.float32]] | None,
-        plan: Callable[[], Plan | None],
+        plan: Plan | None,
     ) -> Proposed | None:
-        chosen = None if found is None else plan()
-        if found is None or chosen is None:
+        if found is None or plan is None:
             return None
         keys = self._keys
         return Proposed(
-            [[keys[label] for label in row] for row in found[0].tolist()], self.as_of, chosen
+            [[keys[label] for label in row] for row in found[0].tolist()], self.as_of, plan
         )
 
     def selections(self) -> dict[str, Selection]:

@@ -31,8 +31,6 @@ _LARGE = 5000
 _SMALL = 2500
 # Rows are as many as they take to compare: no more numbers than these.
 _LARGE_FLOATS = 2_000_000
-# Tombstones cost searches some 15 % at a fifth of the graph.
-_REBUILD_TOMBSTONES = 0.2
 _RECALIBRATE_CHANGES = 0.2
 # So many rows are added to a rebuilt graph while the writer waits.
 _CATCH_UP = 1000
@@ -451,7 +449,7 @@ class PartitionedIndex:
     @property
     def worn(self) -> int:
         """How many graphs :meth:`compact` would rebuild."""
-        return sum(_is_worn(graph) for _, graph in self._graphs())
+        return sum(graph.is_worn(_SMALL) for _, graph in self._graphs())
 
     def calibrate_graphs(
         self, target: float, progress: Callable[[int], None] = lambda _: None
@@ -488,7 +486,7 @@ class PartitionedIndex:
         """
         done = 0
         for partition, graph in self._graphs():
-            if _is_worn(graph):
+            if graph.is_worn(_SMALL):
                 self._rebuild(partition, graph, target, _after(done, progress))
                 done += len(graph)
         progress(done)
@@ -743,12 +741,6 @@ def _follow(fresh: HnswIndex, graph: HnswIndex, come: list[str], gone: list[str]
 def _is_uncalibrated(partition: _Partition, graph: HnswIndex) -> bool:
     unmeasured = graph.calibration.recall is None
     return unmeasured or partition.changed > _RECALIBRATE_CHANGES * len(graph)
-
-
-def _is_worn(graph: HnswIndex) -> bool:
-    # Where many rows are alike another graph would be no better.
-    apart = graph.disconnected and graph.tombstones > 0
-    return apart or graph.tombstones > _REBUILD_TOMBSTONES * max(len(graph), _SMALL)
 
 
 def _after(done: int, progress: Callable[[int], None]) -> Callable[[int], None]:

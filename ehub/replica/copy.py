@@ -30,7 +30,7 @@ from ehub.index import (
     build_partitioned,
     calibrate,
 )
-from ehub.replica.filters import Filters, Selected, is_compared, room_for_vectors
+from ehub.replica.filters import Filters, Selected, read_selected
 from ehub.replica.log import (
     Batch,
     Behind,
@@ -38,7 +38,6 @@ from ehub.replica.log import (
     acknowledged_nonce,
     changed_keys,
     estimated_rows,
-    filter_conditions,
     has_log_since,
     read_rows,
     stream_rows,
@@ -60,8 +59,6 @@ _MEMORY_LEASE = "5 minutes"
 
 # A backlog from here on is a job.
 _LARGE_BACKLOG = 5000
-# Tombstones cost searches some 15 % at a fifth of the graph.
-_REBUILD_TOMBSTONES = 0.2
 _RECALIBRATE_CHANGES = 0.2
 _FEW = 1000
 # The graphs of partitions are looked after so often.
@@ -384,12 +381,9 @@ class Copy:
         self._report(worker, now)
 
     def _look_after_graph(self, index: HnswIndex) -> None:
-        rows = max(len(index), _FEW)
-        # Deletions can cut a graph apart; where many rows are alike another would be no better.
-        apart = index.disconnected and index.tombstones > 0
-        if apart or index.tombstones > _REBUILD_TOMBSTONES * rows:
+        if index.is_worn(_FEW):
             self._submit("rebuild", self._build)
-        elif self.unmeasured > _RECALIBRATE_CHANGES * rows:
+        elif self.unmeasured > _RECALIBRATE_CHANGES * max(len(index), _FEW):
             if self._submit("measure", self._measure, index):
                 self.unmeasured = 0
 
@@ -675,31 +669,12 @@ class Copy:
 
     def _select(self, index: HnswIndex, due: dict[str, bool], epoch: int) -> None:
         """Read which rows match some filters, for the index to keep; the next cycle takes it."""
-        rows: dict[str, tuple[list[str], Matrix | None]] = {}
-        room = room_for_vectors(index)
         started = time.monotonic()
         with contextlib.closing(self._shared.database.connect()) as connection:
             with repeatable_read(connection):
-                snapshot = take_snapshot(connection)
-                conditions = filter_conditions(connection, list(due))
-                for text, starved in due.items():
-                    keys: list[str] = []
-                    parts = []
-                    for batch in stream_rows(connection, self.entry, conditions[text]):
-                        self._check_stopped()
-                        keys += batch.keys
-                        room -= batch.vectors.size
-                        if room >= 0 and (starved or is_compared(len(keys), index)):
-                            parts.append(batch.vectors)
-                        else:
-                            parts.clear()
-                    if sum(map(len, parts)) < len(keys):
-                        rows[text] = (keys, None)
-                        room += len(keys) * self.entry.dims
-                    else:
-                        nothing = np.empty((0, self.entry.dims), np.float32)
-                        rows[text] = (keys, np.vstack([nothing, *parts]))
-        self.selected = Selected(epoch, snapshot, conditions, rows)
+                self.selected = read_selected(
+                    connection, self.entry, index, due, epoch, self._check_stopped
+                )
         # The database has as much rest as work with it.
         self._select_at = 2 * time.monotonic() - started
 

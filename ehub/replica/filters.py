@@ -9,9 +9,14 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
+from ehub.database import Connection
 from ehub.index import HnswIndex
+from ehub.replica.log import Entry, filter_conditions, stream_rows, take_snapshot
 from ehub.types import Matrix
 from ehub.watermark import Watermark
 
@@ -21,6 +26,8 @@ _MOST, _AT_ONCE = 64, 8
 # Filters that were seen are remembered, many times as many as are selected; not very long ones.
 _REMEMBERED = 1000
 _LONGEST = 4000
+# Where it is not known what matches: so many near rows for each that is wanted, and some at least.
+_NEAR, LEAST_NEAR = 20, 200
 # So large a share of all rows is found by the graph, and need not be compared.
 _COMPARED_SHARE = 0.3
 # The vectors of all selections are no more than those of the graph; of a small one, a few at least.
@@ -85,7 +92,7 @@ class Filters:
         """Return the conditions of the selections to go on with, where ``coming`` floats come."""
         now = time.monotonic()
         present = index.selections()
-        room = room_for_vectors(index) - coming
+        room = _room(index) - coming
         kept: dict[str, str] = {}
         with self._mutex:
             for text in reversed(self._asked):
@@ -100,11 +107,50 @@ class Filters:
         return kept
 
 
-def room_for_vectors(index: HnswIndex) -> int:
+def read_selected(
+    connection: Connection,
+    entry: Entry,
+    index: HnswIndex,
+    due: dict[str, bool],
+    epoch: int,
+    go_on: Callable[[], None],
+) -> Selected:
+    """Read, in the connection's transaction, which rows match filters, as :meth:`Filters.due` says.
+
+    Vectors stay within their room. ``go_on`` is called now and then; what it raises ends the work.
+    """
+    snapshot = take_snapshot(connection)
+    conditions = filter_conditions(connection, list(due))
+    rows: dict[str, tuple[list[str], Matrix | None]] = {}
+    room = _room(index)
+    for text, needed in due.items():
+        keys: list[str] = []
+        parts = [np.empty((0, entry.dims), np.float32)]
+        left = room
+        for batch in stream_rows(connection, entry, conditions[text]):
+            go_on()
+            keys += batch.keys
+            left -= batch.vectors.size
+            if left >= 0 and (needed or _are_compared(len(keys), index)):
+                parts.append(batch.vectors)
+            else:
+                parts.clear()
+        if parts:
+            room = left
+        rows[text] = keys, np.vstack(parts) if parts else None
+    return Selected(epoch, snapshot, conditions, rows)
+
+
+def _room(index: HnswIndex) -> int:
     """Return how many numbers the vectors of all selections of an index may be."""
     return max(len(index) * index.dims, _LEAST_FLOATS)
 
 
-def is_compared(rows: int, index: HnswIndex) -> bool:
+def _are_compared(rows: int, index: HnswIndex) -> bool:
     """Whether a selection of so many rows is worth their vectors."""
-    return rows * index.dims <= _COMPARED_SHARE * room_for_vectors(index)
+    return rows * index.dims <= _COMPARED_SHARE * _room(index)
+
+
+def rows_near(k: int) -> int:
+    """Return how many near rows to look among for ``k`` that match a filter that is not known."""
+    return max(_NEAR * k, LEAST_NEAR)

@@ -63,12 +63,16 @@ class Answering:
         """Find the ``k`` nearest of each query among the rows that match; None where it cannot."""
         if isinstance(self.index, PartitionedIndex):
             return self.index.search(queries, k, partition)
+        if partition is not None:
+            return None
         return self.index.search(queries, k, self.selection)
 
     def plan(self, k: int, partition: str | None = None) -> Plan | None:
-        """Say how it would be answered."""
+        """Say how it would be answered; None where it cannot."""
         if isinstance(self.index, PartitionedIndex):
             return self.index.plan(k, partition)
+        if partition is not None:
+            return None
         return self.index.plan(k, self.selection)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ehub.index import PartitionedIndex, Proposed
-from ehub.replica import Copy, Replica, Stamp
+from ehub.replica import LEAST_NEAR, Copy, Replica, Stamp, rows_near
 from ehub.service.metrics import Metrics
 from ehub.service.pgwire import Answer, Column, StatementError, array
 from ehub.types import Matrix
@@ -37,8 +37,6 @@ _STATUS_COLUMNS = (
 _FIELDS = 10
 # No answer is longer than this many keys; Postgres goes exact then.
 _MOST = 10_000_000
-# Where it is not known what matches: so many near rows for each that is wanted, and some at least.
-_NEAR, _LEAST_NEAR = 20, 200
 
 
 class _Question(NamedTuple):
@@ -97,9 +95,10 @@ def _optional(field: str) -> str | None:
 
 def _near(asked: _Question) -> int:
     """Return how many rows are asked of an index that does not know which match."""
-    if asked.filter is None or asked.k >= _LEAST_NEAR:
+    # Whoever asks for so many has found too few among fewer.
+    if asked.filter is None or asked.k >= LEAST_NEAR:
         return asked.k
-    return max(_NEAR * asked.k, _LEAST_NEAR)
+    return rows_near(asked.k)
 
 
 def _is_all(found: Proposed, asked: int) -> bool:
@@ -109,14 +108,13 @@ def _is_all(found: Proposed, asked: int) -> bool:
 
 def _describe(found: Proposed, matching: bool) -> str:
     """Write how it was found, for ``ehub.explain_nearest``."""
-    by, rows, compared, asked = found.plan
-    note = f"asks the graph for {asked}" if by == "graph" else "compares all that match"
+    plan = found.plan
+    described = {"by": plan.by, "rows": plan.rows, "compared": plan.compared, "note": plan.note}
     if not matching:
-        by, note = "near", "looks among the nearest for rows that match"
-    plan = {"by": by, "rows": rows, "compared": compared, "note": note}
-    if not matching:
-        del plan["rows"]
-    return json.dumps(plan)
+        # How many match it does not know.
+        described |= {"by": "near", "note": "looks among the nearest for rows that match"}
+        del described["rows"]
+    return json.dumps(described)
 
 
 class Answers:

@@ -246,10 +246,10 @@ def memory(what: str = "VmRSS") -> int:
     raise RuntimeError(f"no {what}")
 
 
-def child(what: str, *values: object) -> dict[str, Any]:
-    """Run a function of this file in a process of its own."""
+def child(what: str, *values: object, script: str = __file__) -> dict[str, Any]:
+    """Run a function of this file, or of another one, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--child", what, *map(str, values)],
+        [sys.executable, script, "--child", what, *map(str, values)],
         check=True,
         stdout=subprocess.PIPE,
         text=True,

@@ -11,14 +11,13 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import K, data_folder, memory, report
+from bench import K, child, data_folder, memory, report
 
 PARTITIONS = 10_000
 QUERIES = 300
@@ -47,7 +46,10 @@ def main() -> None:
         np.save(folder / "tenants.npy", tenants)
         np.save(folder / "rows.npy", rows)
         store(many, tenants, rows)
-        found = {kind: child(kind, folder, arguments.repeats) for kind in ("plain", "parted")}
+        found = {
+            kind: child(kind, folder, arguments.repeats, script=__file__)
+            for kind in ("plain", "parted")
+        }
         plain, parted = found["plain"], found["parted"]
         report(
             "memory of a process with the index",
@@ -69,7 +71,7 @@ def main() -> None:
                 f"{n} rows {x:,.0f} by {y:,.0f}/s" for (n, x), (_, y) in zip(a, b, strict=True)
             ),
         )
-        graph = child("graph", folder, arguments.repeats)
+        graph = child("graph", folder, arguments.repeats, script=__file__)
         ratio = statistics.median(graph["ehub"]) / statistics.median(graph["raw"])
         report(
             f"the graph of all neighbours, {len(rows)} rows",
@@ -157,7 +159,7 @@ def searches(folder: Path, name: str, repeats: int) -> dict[str, Any]:
             answer["hot"].append((size, statistics.median(rates)))
         held = memory()
     # Another process, which reads the files, holds nothing that only the build needed.
-    restarted = child("held", folder, name)
+    restarted = child("held", folder, name, script=__file__)
     return {**answer, "memory": restarted["memory"], "built": held - before}
 
 
@@ -220,18 +222,6 @@ def graph(folder: Path, repeats: int) -> dict[str, Any]:
         apart[int(key)] = np.inf
         hits += len({f"{i:06}" for i in np.argpartition(apart, K)[:K]} & found)
     return {**rates, "recall": hits / K / len(near)}
-
-
-def child(what: str, *values: object) -> dict[str, Any]:
-    """Run a function of this file in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", what, *map(str, values)],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 if __name__ == "__main__":
