@@ -7,13 +7,13 @@ import importlib.metadata
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -306,20 +306,18 @@ def serve(
     _use_huge_pages()
     supervise()
     watchdog = Watchdog()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    stopped = _wait_for_signals(signal.SIGTERM, signal.SIGINT)
     with contextlib.closing(open_database(url, data)) as database:
         with contextlib.closing(Service(database, door, page, tls, watchdog, token)) as service:
             where = database.target.describe()
             _log.info("listening on %s for %s", service.address, where)
             if not service.installed:
                 _log.warning("the database does not know this service: run `ehub install-service`")
-            while not stop.wait(0.1):
+            while not stopped(0.1):
                 if service.ready():
                     _notify_ready()
                     out.print(f"ready: {service.address}, pages at {service.pages or 'no port'}")
-                    stop.wait()
+                    stopped(None)
             _log.info("stopping: saving the indexes")
             # Which may take as long as it takes.
             watchdog.close()
@@ -353,6 +351,18 @@ def install_service(
             [place.host, place.port, sslmode, sslrootcert, direct],
         )
         out.print(f"{database.target.describe()} asks the index service at {place}")
+
+
+def _wait_for_signals(*numbers: int) -> Callable[[float | None], bool]:
+    """Return what waits for one of these signals, so many seconds or for ever: True if it came.
+
+    By a pipe and no lock: a handler runs in the thread that waits, and a ``threading.Event`` that
+    it sets would hang where that thread has just taken the event's own lock.
+    """
+    heard, tell = os.pipe()
+    for number in numbers:
+        signal.signal(number, lambda *_: os.write(tell, b"."))
+    return lambda seconds: bool(select.select([heard], [], [], seconds)[0])
 
 
 def _read_token(file: Path) -> str:
