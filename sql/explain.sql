@@ -52,9 +52,9 @@ BEGIN
     RETURN QUERY SELECT refused IS NULL, coalesce(plan ->> 'by', 'index'),
         (plan ->> 'rows')::bigint, (plan ->> 'compared')::bigint,
         coalesce(refused, plan ->> 'note');
-    RETURN QUERY SELECT refused IS NOT NULL, 'exact', estimate, estimate, 'compares all that match,'
-        || CASE WHEN c.reltuples < 0 THEN ' how many is a guess: ANALYZE has not been there'
-            ELSE ' by the estimate of the planner' END
+    RETURN QUERY SELECT refused IS NOT NULL, 'exact', estimate, estimate, 'compares all that match; '
+        || CASE WHEN c.reltuples < 0 THEN 'their number is a guess until ANALYZE has run'
+            ELSE 'their number is the planner''s estimate' END
     FROM pg_class AS c WHERE c.oid = to_regclass('ehub_data.v' || target.version_id);
     -- What is often a slip of the pen: a field that no row of a sample has.
     RETURN QUERY EXECUTE format(
