@@ -168,6 +168,8 @@ class Copy:
         self.brought = 0
         self._dropped = False
         self._thread: threading.Thread | None = None
+        # That of the job under way, which may wait for a lock of somebody else's.
+        self._connection: Connection | None = None
 
         # What was acknowledged, and the keys applied since: after a lost connection the log is
         # read again from there, and so are these keys.
@@ -484,6 +486,10 @@ class Copy:
         """Wait for the job under way, after the replica was told to stop; True if it did."""
         if self._thread is None:
             return True
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(psycopg.Error):
+                connection.cancel_safe(timeout=seconds)
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -519,6 +525,9 @@ class Copy:
                 # The next cycle sees for itself that it is behind.
                 pass
             except Exception as error:
+                if self._shared.stopping and isinstance(error, psycopg.errors.QueryCanceled):
+                    # Whoever leaves does not wait for somebody else's lock.
+                    return
                 if self._dropped:
                     # Its folder is gone, and its space or the right to it.
                     return
@@ -632,7 +641,7 @@ class Copy:
         if index is None or state.watermark is None:
             return
         with Spool(self.store.folder, entry.dims) as spool:
-            with contextlib.closing(self._shared.database.connect()) as connection:
+            with self._connected() as connection:
                 with repeatable_read(connection):
                     snapshot = take_snapshot(connection)
                     keys = changed_keys(connection, entry, state.watermark, state.redo)
@@ -670,7 +679,7 @@ class Copy:
     def _select(self, index: HnswIndex, due: dict[str, bool], epoch: int) -> None:
         """Read which rows match some filters, for the index to keep; the next cycle takes it."""
         started = time.monotonic()
-        with contextlib.closing(self._shared.database.connect()) as connection:
+        with self._connected() as connection:
             with repeatable_read(connection):
                 self.selected = read_selected(
                     connection, self.entry, index, due, epoch, self._check_stopped
@@ -681,7 +690,7 @@ class Copy:
     def _stream(self, receive: Callable[[Batch], None]) -> Watermark:
         """Read the whole table in one snapshot, and take a lease of the log from there on."""
         entry = self.entry
-        with contextlib.closing(self._shared.database.connect()) as connection:
+        with self._connected() as connection:
             while True:
                 with repeatable_read(connection):
                     snapshot = take_snapshot(connection)
@@ -697,6 +706,18 @@ class Copy:
                         receive(batch)
                         self.done += len(batch.keys)
                     return snapshot
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        """Lend a connection of its own to a job."""
+        with contextlib.closing(self._shared.database.connect()) as connection:
+            self._connection = connection
+            try:
+                # Whoever stops the job later finds the connection.
+                self._check_stopped()
+                yield connection
+            finally:
+                self._connection = None
 
     def _check_stopped(self) -> None:
         if self._shared.stopping or self._dropped:

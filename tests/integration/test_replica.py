@@ -396,3 +396,23 @@ def test_a_job_that_is_late_keeps_no_folder_that_was_given_up(space):
     assert copy._submit("open", copy._open)
     assert copy.join(10)
     assert copy.store._lock is None
+
+
+def test_closing_waits_for_no_lock_of_somebody_elses(connect, db, url):
+    hub = connect()
+    space = hub.create_space("s", 2)
+    space.multiset({"a": [1, 2], "b": [3, 4]})
+    space.wait_until_indexed(30)
+    with psycopg.connect(url) as other:
+        # The one makes a build necessary, and the other keeps it from reading the table.
+        db.execute("TRUNCATE ehub_data.v1")
+        other.execute("TRUNCATE ehub_data.v1")
+        deadline = time.monotonic() + 30
+        waiting = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY%' AND wait_event_type = 'Lock'"
+        while db.execute(waiting).fetchone() != (1,):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        started = time.monotonic()
+        hub.close()
+        # It would wait for half a minute.
+        assert time.monotonic() - started < 15
