@@ -16,6 +16,7 @@ from ehub.collection import Restored, SubIndex
 from ehub.diff import Diff, Drift, Moved
 from ehub.errors import (
     AccessDeniedError,
+    AttachedError,
     CheckpointExistsError,
     CheckpointNotFoundError,
     ConfigurationError,
@@ -38,6 +39,7 @@ from ehub.errors import (
     InvalidValueError,
     InvalidVectorError,
     KeyNotFoundError,
+    NotAttachableError,
     NotFoundError,
     OverlapError,
     PartitionNotFoundError,
@@ -63,6 +65,7 @@ from ehub.types import Metric, Neighbor
 
 __all__ = [
     "AccessDeniedError",
+    "AttachedError",
     "AuditEntry",
     "Checkpoint",
     "CheckpointExistsError",
@@ -98,6 +101,7 @@ __all__ = [
     "Metric",
     "Moved",
     "Neighbor",
+    "NotAttachableError",
     "NotFoundError",
     "OverlapError",
     "PartitionNotFoundError",

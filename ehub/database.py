@@ -28,7 +28,7 @@ from ehub.types import Matrix
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
-SCHEMA_REVISION = "0005"
+SCHEMA_REVISION = "0006"
 """The Alembic revision that this release works with."""
 
 # Raised by the functions in sql/, which describe the value themselves.
@@ -59,6 +59,8 @@ _OWN_ERRORS: dict[str, type[errors.EhubError]] = {
     "EH024": errors.PartitionNotFoundError,
     "EH025": errors.ReadOnlyError,
     "EH026": errors.SpaceInUseError,
+    "EH027": errors.AttachedError,
+    "EH028": errors.NotAttachableError,
 }
 
 

@@ -23,6 +23,7 @@
     │   └── FrozenError                      a write to a version that was frozen
     ├── VersionInUseError                    a version that cannot be dropped yet
     ├── SpaceInUseError                      a space that averages still follow
+    ├── AttachedError                        what a space that is somebody's table cannot do
     ├── OverlapError                         a promotion that would change too many answers
     ├── ConflictError                        rows that somebody else has changed meanwhile
     ├── InvalidValueError (ValueError)
@@ -31,6 +32,7 @@
     │   ├── InvalidVectorError               wrong dims, NaN, infinity, zero under cosine
     │   ├── InvalidMetadataError
     │   ├── InvalidFilterError               a filter that cannot be understood
+    │   ├── NotAttachableError               a table or column that cannot be attached
     │   └── InvalidFileError                 a file of embeddings or a snapshot that cannot be read
     ├── IndexFileError                       an index file that is damaged or foreign
     ├── IndexUnavailableError                the index cannot answer, and going exact was forbidden
@@ -139,6 +141,13 @@ class SpaceInUseError(EhubError):
     """A space that averages follow, and so cannot be deleted; the message names them."""
 
 
+class AttachedError(EhubError):
+    """What an attached space cannot do: its rows are those of somebody's table, and written there.
+
+    Or the table is not any more what was attached; the message says what it lacks.
+    """
+
+
 class OverlapError(EhubError):
     """A promotion that would change more of the answers than it may."""
 
@@ -177,6 +186,10 @@ class InvalidMetadataError(InvalidValueError):
 
 class InvalidFilterError(InvalidValueError):
     """A filter that cannot be understood; the message names the field or operator."""
+
+
+class NotAttachableError(InvalidValueError):
+    """A table or column that cannot be attached; the message says why, and nothing was changed."""
 
 
 class InvalidFileError(InvalidValueError):

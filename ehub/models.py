@@ -18,6 +18,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    SmallInteger,
     Table,
     Text,
     UniqueConstraint,
@@ -59,6 +60,16 @@ class RegRole(UserDefinedType[str]):
     def get_col_spec(self, **_: object) -> str:
         """Name the type for DDL."""
         return "regrole"
+
+
+class RegClass(UserDefinedType[str]):
+    """Postgres' ``regclass``: the name of a table, kept as its oid."""
+
+    cache_ok = True
+
+    def get_col_spec(self, **_: object) -> str:
+        """Name the type for DDL."""
+        return "regclass"
 
 
 class Base(DeclarativeBase):
@@ -242,6 +253,26 @@ class Access(Base):
     rows: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
     granted_by: Mapped[str]
     granted_at: Mapped[datetime.datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class Attachment(Base):
+    """A table of somebody's that is a space, by the column with its embeddings.
+
+    The column is known by its name, or where there is none of that name by its number. ``shape``
+    stands for what the table was called and had when functions were made for it; ``granted`` says
+    that SELECT was given for the service's sake.
+    """
+
+    __tablename__ = "attachment"
+
+    version_id: Mapped[int] = mapped_column(
+        ForeignKey(Version.id, ondelete="CASCADE"), primary_key=True
+    )
+    relation: Mapped[str] = mapped_column(RegClass)
+    column_name: Mapped[str]
+    column_number: Mapped[int] = mapped_column(SmallInteger)
+    shape: Mapped[str]
+    granted: Mapped[bool]
 
 
 class Average(Base):

@@ -63,7 +63,16 @@ $$;
 CREATE OR REPLACE FUNCTION ehub.manages(role regrole, space text) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(
-        has_table_privilege(role, to_regclass('spaces.' || quote_ident(space)), 'TRUNCATE'), false
+        has_table_privilege(role, to_regclass('spaces.' || quote_ident(space)), 'TRUNCATE'),
+        (
+            -- An attached one: who owns the table, or ehub.
+            SELECT coalesce(pg_has_role(role, c.relowner, 'USAGE'), false) OR ehub.is_owner(role)
+            FROM ehub.space AS s JOIN ehub.version AS v ON v.space_id = s.id
+            JOIN ehub.attachment AS a ON a.version_id = v.id
+            LEFT JOIN pg_class AS c ON c.oid = a.relation
+            WHERE s.name = space
+        ),
+        false
     )
 $$;
 
@@ -80,7 +89,7 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.may_touch(role regrole, version_id bigint) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT coalesce(has_table_privilege(
-        role, to_regclass('ehub_data.v' || version_id), 'SELECT, INSERT, UPDATE, DELETE'
+        role, ehub.table_of(version_id), 'SELECT, INSERT, UPDATE, DELETE'
     ), false)
 $$;
 
@@ -93,6 +102,14 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     relation record;
 BEGIN
+    IF to_regclass('ehub_data.v' || version_id) IS NULL THEN
+        -- What Postgres says of somebody's own table is all there is to know.
+        RETURN coalesce(
+            has_table_privilege(role, ehub.table_of(version_id), 'SELECT')
+                AND NOT ehub.hides_rows(ehub.table_of(version_id), role),
+            false
+        );
+    END IF;
     SELECT c.oid, c.relowner, c.relrowsecurity, c.relforcerowsecurity, v.space_id,
         to_regclass('spaces.' || quote_ident(s.name || '@' || v.name)) AS shown
     INTO relation
@@ -149,7 +166,7 @@ BEGIN
     IF ehub.sees_all_rows(role, version_id) THEN
         RETURN (SELECT i.id FROM ehub.index AS i WHERE i.version_id = $2 AND i.rows IS NULL AND i.name IS NULL);
     ELSIF NOT coalesce(
-        has_table_privilege(role, to_regclass('ehub_data.v' || version_id), 'SELECT'), false
+        has_table_privilege(role, ehub.table_of(version_id), 'SELECT'), false
     ) OR current_setting('transaction_isolation') <> 'read committed' THEN
         RETURN NULL;
     END IF;

@@ -137,7 +137,7 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET extra_float_di
 #variable_conflict use_variable
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
-    relation text := format('ehub_data.%I', 'v' || target.version_id);
+    relation text := ehub.rows_of(target);
     wrong record;
     result record;
 BEGIN
@@ -150,9 +150,9 @@ BEGIN
             HINT = 'ehub.averages takes weights from a field of metadata';
     ELSIF keys IS NULL THEN
         EXECUTE format(
-            'SELECT @vector@.avg(embedding) AS embedding FROM %s WHERE %s', relation,
-            CASE WHEN filter IS NULL THEN 'true' ELSE 'metadata @@ $1' END
-        ) INTO result USING ehub.filter_path(filter);
+            'SELECT @vector@.avg(embedding) AS embedding FROM %s AS t WHERE %s', relation,
+            coalesce(ehub.has_filter(target, filter), 'true')
+        ) INTO result;
         RETURN result.embedding;
     ELSIF cardinality(keys) > 0 AND cardinality(weights) <> cardinality(keys) THEN
         RAISE EXCEPTION 'space %: a weight for each key is needed: % keys, % weights',
@@ -173,8 +173,8 @@ BEGIN
         format(
             -- By its shortest digits: as decimals 0.1, 0.2 and -0.3 sum to zero.
             'SELECT 0 AS value, t.embedding, w.weight::text::numeric AS weight'
-            ' FROM unnest($1, $2) AS w (key, weight) JOIN %s AS t ON t.key = w.key',
-            relation
+            ' FROM unnest($1, $2) AS w (key, weight) JOIN %s AS t ON t.key = w.key AND %s',
+            relation, ehub.has_keys(target, '$1')
         ),
         weights IS NOT NULL
     ) INTO result USING keys, weights;
@@ -203,15 +203,14 @@ BEGIN
         'SELECT value, embedding, rows FROM (%s) AS a WHERE embedding IS NOT NULL ORDER BY value',
         ehub.averages_query(
             format(
-                'SELECT %s AS value, embedding, %s AS weight FROM ehub_data.%I WHERE %s',
+                'SELECT %s AS value, embedding, %s AS weight FROM %s AS t WHERE %s',
                 ehub.average_value('by', $2),
                 CASE WHEN $3 IS NULL THEN 'NULL::numeric' ELSE ehub.average_weight($3) END,
-                'v' || target.version_id,
-                CASE WHEN $4 IS NULL THEN 'true' ELSE 'metadata @@ $1' END
+                ehub.rows_of(target), coalesce(ehub.has_filter(target, $4), 'true')
             ),
             $3 IS NOT NULL
         )
-    ) USING ehub.filter_path($4);
+    );
 END $$;
 
 -- Make a space of averages that follows another one: a row for each value of field `by` in the
@@ -260,6 +259,7 @@ BEGIN
         RAISE EXCEPTION 'space % is an average itself, and averages of averages are not kept',
             quote_literal($2) USING ERRCODE = 'EH005';
     END IF;
+    PERFORM ehub.require_own($2, 'no averages of its rows are kept');
     PERFORM ehub.require_read_committed(origin.space);
     PERFORM ehub.average_steps('by', $3);
     IF $4 IS NOT NULL THEN

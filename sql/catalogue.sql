@@ -16,13 +16,81 @@ SELECT
     v.id = s.current_version_id AS current,
     v.frozen_at IS NOT NULL AS frozen,
     v.warm,
-    v.partition_by
+    v.partition_by,
+    a.relation
 FROM ehub.space AS s
 JOIN ehub.version AS v ON v.space_id = s.id
 JOIN ehub.index AS i ON i.version_id = v.id AND i.rows IS NULL AND i.name IS NULL
+LEFT JOIN ehub.attachment AS a ON a.version_id = v.id
 WHERE has_table_privilege(
-    to_regclass('ehub_data.v' || v.id), 'SELECT, INSERT, UPDATE, DELETE'
+    coalesce(a.relation, to_regclass('ehub_data.v' || v.id)), 'SELECT, INSERT, UPDATE, DELETE'
 );
+
+-- The table of a version: its own, or the one that is attached; NULL where that is gone.
+CREATE OR REPLACE FUNCTION ehub.table_of(version_id bigint) RETURNS regclass
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(
+        to_regclass('ehub_data.v' || $1),
+        (
+            SELECT a.relation FROM ehub.attachment AS a JOIN pg_class AS c ON c.oid = a.relation
+            WHERE a.version_id = $1
+        )
+    )
+$$;
+
+-- The rows of a version (key, embedding, metadata) as a relation in the text of a statement, where it
+-- needs a name.
+CREATE OR REPLACE FUNCTION ehub.rows_of(target ehub.catalogue) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    rows text;
+BEGIN
+    IF target.relation IS NULL THEN
+        RETURN format('ehub_data.%I', 'v' || target.version_id);
+    END IF;
+    rows := (
+        SELECT ehub.attached_rows(a.relation, a."column", NULL, a.dims)
+        FROM ehub.attached AS a WHERE a.version_id = target.version_id
+    );
+    IF rows IS NULL THEN
+        RAISE EXCEPTION 'space %: %', quote_literal(target.space), coalesce(
+            (SELECT a.problem FROM ehub.attached AS a WHERE a.version_id = target.version_id),
+            'its table is gone'
+        ) USING ERRCODE = 'EH027', HINT = 'ehub.detach, and attach it as it is now';
+    END IF;
+    RETURN rows;
+END $$;
+
+-- Of these rows just those with some keys, as a condition; `keys` is an expression for a text[].
+CREATE OR REPLACE FUNCTION ehub.has_keys(target ehub.catalogue, keys text, rows text DEFAULT 't')
+RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN target.relation IS NULL THEN format('%s.key = ANY (%s)', rows, keys) ELSE (
+        SELECT CASE k.kind
+            WHEN 'text' THEN format('%s.pk = ANY (%s)', rows, keys)
+            ELSE format('%s.pk = ANY (ehub.%I(%s))', rows, k.kind || '_keys', keys)
+        END FROM ehub.attached_key(target.relation) AS k
+    ) END
+$$;
+
+-- Of these rows just those that match a filter, as a condition; NULL without one.
+CREATE OR REPLACE FUNCTION ehub.has_filter(target ehub.catalogue, filter jsonb) RETURNS text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE
+        WHEN target.relation IS NULL THEN ehub.filter_condition(filter)
+        WHEN filter IS NOT NULL THEN ehub.attached_condition(target.relation, filter)
+    END
+$$;
+
+-- How many rows a table has, as far as the planner knows; negative where it does not.
+CREATE OR REPLACE FUNCTION ehub.known_rows(relation regclass) RETURNS float8
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT CASE WHEN c.relkind = 'p' THEN (
+        SELECT coalesce(sum(p.reltuples) FILTER (WHERE p.reltuples >= 0), -1) FROM pg_class AS p
+        WHERE p.oid IN (SELECT ehub.tree_of(c.oid)) AND p.relkind <> 'p'
+    ) ELSE c.reltuples END
+    FROM pg_class AS c WHERE c.oid = relation
+$$;
 
 -- Find what an address means: 'items', which is the current version of that space, or 'items@v1'.
 -- What is unknown, or not for this role, is an error.

@@ -16,6 +16,7 @@ DECLARE
     target ehub.catalogue := ehub.require_admin(caller, address);
 BEGIN
     PERFORM ehub.require_name('a checkpoint', checkpoint, 60);
+    PERFORM ehub.require_own(target.space, 'it has no checkpoints');
     -- Also in the order of their ids, which is that of the states.
     PERFORM ehub.stop_writers(target);
     IF EXISTS (
@@ -138,6 +139,7 @@ DECLARE
         WHERE c.version_id = target.version_id AND c.checkpoint = $2
     );
 BEGIN
+    PERFORM ehub.require_own(target.space, 'it has no checkpoints');
     IF found IS NULL THEN
         RAISE EXCEPTION '% has no checkpoint %', quote_literal(ehub.address(target)),
             coalesce(quote_literal(left($2, 60)), 'NULL') USING ERRCODE = 'EH012',
@@ -226,6 +228,7 @@ DECLARE
     relation text := format('ehub_data.%I', 'v' || target.version_id);
     images text;
 BEGIN
+    PERFORM ehub.require_own(target.space, 'it has no checkpoints');
     PERFORM ehub.require_no_average(address);
     PERFORM ehub.stop_writers(target);
     number := ehub.require_checkpoint(target, $2);
@@ -265,6 +268,7 @@ DECLARE
     gone bigint;
     earlier bigint;
 BEGIN
+    PERFORM ehub.require_own(target.space, 'it has no checkpoints');
     PERFORM ehub.stop_writers(target);
     gone := ehub.require_checkpoint(target, $2);
     DELETE FROM ehub.checkpoint AS c WHERE c.id = gone;

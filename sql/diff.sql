@@ -19,7 +19,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
                     ELSE 'changed'
                 END AS change,
                 %s AS moved
-            FROM ehub_data.%I AS a FULL JOIN ehub_data.%I AS b ON b.key = a.key
+            FROM %s AS a FULL JOIN %s AS b ON b.key = a.key
         )$relation$,
         CASE
             WHEN earlier.dims <> later.dims THEN 'NULL::float8'
@@ -28,7 +28,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
                 ehub.distance_operator(CASE later.metric WHEN 'cosine' THEN 'cosine' ELSE 'l2' END)
             )
         END,
-        'v' || earlier.version_id, 'v' || later.version_id
+        ehub.rows_of(earlier), ehub.rows_of(later)
     )
 $$;
 
@@ -87,9 +87,9 @@ BEGIN
     IF keys IS NULL THEN
         EXECUTE format(
             'SELECT array_agg(key) FROM ('
-            ' SELECT key FROM ehub_data.%I JOIN ehub_data.%I USING (key)'
+            ' SELECT key FROM %s AS a JOIN %s AS b USING (key)'
             ' ORDER BY hashtextextended(key, $2), key LIMIT $1) AS drawn',
-            'v' || a.version_id, 'v' || b.version_id
+            ehub.rows_of(a), ehub.rows_of(b)
         ) INTO keys USING sample, seed;
     END IF;
     RETURN QUERY

@@ -24,12 +24,12 @@ BEGIN
     PERFORM ehub.require_keys(target, keys);
     RETURN QUERY EXECUTE format(
         'WITH asked AS MATERIALIZED ('
-        ' SELECT t.key, t.embedding, w.place FROM ehub_data.%I AS t JOIN ('
+        ' SELECT t.key, t.embedding, w.place FROM %s AS t JOIN ('
         '  SELECT k, min(place) AS place FROM unnest($1) WITH ORDINALITY AS w (k, place) GROUP BY k'
-        ' ) AS w ON w.k = t.key)'
+        ' ) AS w ON w.k = t.key WHERE %s)'
         ' SELECT x.key, y.key, 0.0 + (x.embedding %s y.embedding) FROM asked AS x'
         ' JOIN asked AS y ON y.place > x.place ORDER BY x.place, y.place',
-        'v' || target.version_id, ehub.distance_operator(target.metric)
+        ehub.rows_of(target), ehub.has_keys(target, '$1'), ehub.distance_operator(target.metric)
     ) USING keys;
 END $$;
 
@@ -79,9 +79,9 @@ BEGIN
     END LOOP;
     RETURN QUERY EXECUTE format(
         'SELECT key, distance, metadata FROM ('
-        ' SELECT key, 0.0 + (embedding %s $1) AS distance, metadata FROM ehub_data.%I WHERE %s'
+        ' SELECT key, 0.0 + (embedding %s $1) AS distance, metadata FROM %s AS t WHERE %s'
         ') AS compared WHERE distance <= $2 ORDER BY distance, key LIMIT $3',
-        ehub.distance_operator(target.metric), 'v' || target.version_id,
+        ehub.distance_operator(target.metric), ehub.rows_of(target),
         concat_ws(
             ' AND ', '($4 IS NULL OR key <> ALL ($4))', ehub.conditions(target, filter, partition)
         )

@@ -40,6 +40,15 @@ BEGIN
     END IF;
 END $$;
 
+-- Which vectors have distances under a metric, as a condition.
+CREATE OR REPLACE FUNCTION ehub.has_distances(metric text) RETURNS text
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT 'embedding OPERATOR(@vector@.<#>) embedding > ''-Infinity''' || CASE metric
+        WHEN 'cosine' THEN ' AND embedding OPERATOR(@vector@.<#>) embedding <= -1.1754943508222875e-38'
+        ELSE ''
+    END
+$$;
+
 -- The rule itself, as the text of a check: plain operators, because it runs for every row.
 CREATE OR REPLACE FUNCTION ehub.row_check(space text, dims int, metric text) RETURNS text
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -47,12 +56,10 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         $check$
             octet_length(key) BETWEEN 1 AND 1024
             AND @vector@.vector_dims(embedding) = %2$s
-            AND embedding OPERATOR(@vector@.<#>) embedding > '-Infinity'
-            AND (%3$L <> 'cosine'
-                OR embedding OPERATOR(@vector@.<#>) embedding <= -1.1754943508222875e-38)
+            AND %4$s
             AND jsonb_typeof(metadata) = 'object'
             OR ehub.refuse_row(%1$L, %2$s, %3$L, key, embedding, metadata)
         $check$,
-        space, dims, metric
+        space, dims, metric, ehub.has_distances(metric)
     )
 $$;

@@ -39,8 +39,8 @@ BEGIN
             );
             EXECUTE format(
                 'SELECT CASE WHEN count(*) < $1 THEN format(''%%s of the %%s nearest match'','
-                ' count(*), cardinality($2)) END FROM ehub_data.%I WHERE key = ANY ($2) AND %s',
-                'v' || target.version_id,
+                ' count(*), cardinality($2)) END FROM %s AS t WHERE %s AND %s',
+                ehub.rows_of(target), ehub.has_keys(target, '$2'),
                 coalesce(ehub.conditions(target, filter, partition), 'true')
             ) INTO refused USING k, proposed.keys;
             IF refused IS NOT NULL AND more IS NOT NULL THEN
@@ -53,15 +53,15 @@ BEGIN
         (plan ->> 'rows')::bigint, (plan ->> 'compared')::bigint,
         coalesce(refused, plan ->> 'note');
     RETURN QUERY SELECT refused IS NOT NULL, 'exact', estimate, estimate, 'compares all that match; '
-        || CASE WHEN c.reltuples < 0 THEN 'their number is a guess until ANALYZE has run'
+        || CASE WHEN ehub.known_rows(c) < 0 THEN 'their number is a guess until ANALYZE has run'
             ELSE 'their number is the planner''s estimate' END
-    FROM pg_class AS c WHERE c.oid = to_regclass('ehub_data.v' || target.version_id);
+    FROM coalesce(target.relation, to_regclass('ehub_data.v' || target.version_id)) AS c;
     -- What is often a slip of the pen: a field that no row of a sample has.
     RETURN QUERY EXECUTE format(
         'SELECT false, ''note'', NULL::bigint, NULL::bigint, ''no row of a sample has field '' || f.field'
         ' FROM (SELECT DISTINCT p.field FROM ehub.filter_parts($1) AS p WHERE p.field IS NOT NULL) AS f'
-        ' WHERE NOT EXISTS (SELECT FROM (SELECT metadata FROM ehub_data.%I LIMIT 1000) AS s'
+        ' WHERE NOT EXISTS (SELECT FROM (SELECT metadata FROM %s AS t LIMIT 1000) AS s'
         ' WHERE s.metadata @@ (''exists('' || ehub.field_path(f.field) || '')'')::jsonpath)',
-        'v' || target.version_id
+        ehub.rows_of(target)
     ) USING coalesce(filter, '{}');
 END $$;

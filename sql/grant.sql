@@ -21,6 +21,7 @@ DECLARE
     holder regrole := ehub.require_role($2);
     of_version bigint := CASE WHEN strpos(concat_ws('@', $1, $4), '@') > 0 THEN target.version_id END;
 BEGIN
+    PERFORM ehub.require_own(target.space, 'whoever may SELECT from it may search it');
     PERFORM ehub.require_read_committed(target.space);
     PERFORM ehub.require_privilege($3, $5);
     IF $3 = 'write' THEN
@@ -66,6 +67,7 @@ DECLARE
     holder regrole := ehub.require_role($2);
     of_version bigint := CASE WHEN strpos(concat_ws('@', $1, $4), '@') > 0 THEN target.version_id END;
 BEGIN
+    PERFORM ehub.require_own(target.space, 'whoever may SELECT from it may search it');
     PERFORM ehub.require_read_committed(target.space);
     IF $3 IS NOT NULL THEN
         PERFORM ehub.require_privilege($3, $5);
@@ -279,7 +281,10 @@ BEGIN
             change.privileges, change.relation, change.holder
         );
     END LOOP;
-    FOR version_id IN SELECT v.id FROM ehub.version AS v WHERE v.space_id = $1 LOOP
+    FOR version_id IN
+        SELECT v.id FROM ehub.version AS v
+        WHERE v.space_id = $1 AND to_regclass('ehub_data.v' || v.id) IS NOT NULL
+    LOOP
         PERFORM ehub.apply_policies(version_id);
         PERFORM ehub.tend_indexes(version_id, $2);
     END LOOP;
@@ -465,6 +470,7 @@ BEGIN
             PERFORM ehub.apply_policies(version.id);
         END IF;
     END LOOP;
+    PERFORM ehub.tend_attached();
 END $$;
 
 -- Who may make spaces: EXECUTE on the function that does.

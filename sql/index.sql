@@ -2,15 +2,39 @@
 
 -- The indexes that a replica may keep for this role: those whose rows it may know all of, by the
 -- condition that says which these are (NULL for all of them). Those over limited rows are for the
--- index service. The one over all rows is kept by partitions where there are some.
+-- index service. The one over all rows is kept by partitions where there are some. `source` is what to
+-- read, `by_keys` the condition for some keys of it. Of attached tables: the token under which they are
+-- read, whether their functions were made for another shape, and why no index can follow them.
 CREATE OR REPLACE VIEW ehub.indexes WITH (security_barrier) AS
 SELECT
     c.space, c.version, c.version_id, c.dims, c.metric, i.id AS index_id, i.m, i.ef_construction,
     i.target_recall, c.current, c.warm, i.rows, i.name,
     CASE WHEN i.rows IS NULL AND i.name IS NULL THEN c.partition_by END AS partition_by,
-    coalesce(ehub.condition(VARIADIC i.rows), ehub.filter_condition(i.filter)) AS condition,
-    i.filter
-FROM ehub.catalogue AS c JOIN ehub.index AS i ON i.version_id = c.version_id
+    CASE
+        WHEN c.relation IS NULL
+            THEN coalesce(ehub.condition(VARIADIC i.rows), ehub.filter_condition(i.filter))
+        -- A table of others has rows that have no distance to anything.
+        ELSE concat_ws(' AND ', ehub.has_distances(c.metric), ehub.has_filter(c, i.filter))
+    END AS condition,
+    i.filter,
+    i.rows IS NULL AND i.name IS NULL AS whole,
+    CASE
+        WHEN c.relation IS NULL THEN ehub.rows_of(c)
+        ELSE ehub.attached_rows(a.relation, a.column_name, a.column_number, c.dims)
+    END AS source,
+    ehub.has_keys(c, '$1', 'rows') AS by_keys,
+    c.relation IS NOT NULL AS attached,
+    CASE WHEN c.relation IS NOT NULL THEN
+        ehub.attached_token(c.version_id, a.relation, a.column_name, a.column_number)
+    END AS token,
+    CASE WHEN c.relation IS NOT NULL THEN a.shape <> ehub.attached_shape(a.relation) END AS outdated,
+    CASE WHEN c.relation IS NOT NULL THEN ehub.attached_problem(
+        c.version_id, a.relation, a.column_name, a.column_number, c.dims,
+        quote_ident(current_user)::regrole
+    ) END AS problem
+FROM ehub.catalogue AS c
+JOIN ehub.index AS i ON i.version_id = c.version_id
+LEFT JOIN ehub.attachment AS a ON a.version_id = c.version_id
 WHERE ehub.sees_all(c.version_id);
 
 -- Make an index over the rows of a version that match a filter, beside the one over all of them. It
@@ -141,7 +165,7 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM ehub.require_partition(target, partition);
     RETURN nullif(concat_ws(
-        ' AND ', ehub.filter_condition(filter),
+        ' AND ', ehub.has_filter(target, filter),
         format('metadata ->> %L = ', target.partition_by) || quote_literal(partition)
     ), '');
 END $$;
@@ -225,8 +249,7 @@ CREATE OR REPLACE FUNCTION ehub.candidates_needed(
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     every float8 := greatest(1, (
-        SELECT c.reltuples FROM pg_class AS c
-        WHERE c.oid = to_regclass('ehub_data.v' || target.version_id)
+        SELECT ehub.known_rows(coalesce(target.relation, to_regclass('ehub_data.v' || target.version_id)))
     ));
     matching float8 := ehub.estimated_rows(target, filter, partition);
     asked float8 := 2 * needed * every / matching;
@@ -243,7 +266,7 @@ DECLARE
     plan json;
 BEGIN
     EXECUTE format(
-        'EXPLAIN (FORMAT json) SELECT FROM ehub_data.%I WHERE %s', 'v' || target.version_id,
+        'EXPLAIN (FORMAT json) SELECT FROM %s AS t WHERE %s', ehub.rows_of(target),
         coalesce(ehub.conditions(target, filter, partition), 'true')
     ) INTO plan;
     RETURN greatest(1, (plan #>> '{0,Plan,Plan Rows}')::bigint);

@@ -9,6 +9,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     kept text := ehub.kept_metadata(ehub.require_space($1), '$1');
 BEGIN
+    PERFORM ehub.require_own($1, 'its rows are written there');
     IF $2 IS NULL OR $3 IS NULL THEN
         RAISE EXCEPTION 'space %: a row has a key and an embedding', quote_literal($1)
             USING ERRCODE = CASE WHEN $2 IS NULL THEN 'EH006' ELSE 'EH004' END;
@@ -35,11 +36,12 @@ $$;
 CREATE OR REPLACE FUNCTION ehub.get(space text, key text) RETURNS @vector@.vector
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    target ehub.catalogue := ehub.require_space($1);
     stored @vector@.vector;
 BEGIN
     EXECUTE format(
-        'SELECT embedding FROM ehub_data.%I WHERE key = $1',
-        'v' || (ehub.require_space($1)).version_id
+        'SELECT embedding FROM %s AS t WHERE %s',
+        ehub.rows_of(target), ehub.has_keys(target, 'ARRAY[$1]')
     ) INTO stored USING $2;
     IF stored IS NULL THEN
         PERFORM ehub.refuse_key($1, $2);
@@ -53,7 +55,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     gone bigint;
 BEGIN
-    PERFORM ehub.require_space($1);
+    PERFORM ehub.require_own($1, 'its rows are deleted there');
     EXECUTE format('DELETE FROM spaces.%I WHERE key = $1', $1) USING $2;
     GET DIAGNOSTICS gone = ROW_COUNT;
     IF gone = 0 THEN
@@ -73,9 +75,9 @@ BEGIN
     END IF;
     EXECUTE format(
         'SELECT ARRAY[w.key] FROM unnest($1) WITH ORDINALITY AS w (key, place)'
-        ' WHERE NOT EXISTS (SELECT FROM ehub_data.%I AS t WHERE t.key = w.key)'
+        ' WHERE w.key IS NULL OR w.key NOT IN (SELECT t.key FROM %s AS t WHERE %s)'
         ' ORDER BY w.place LIMIT 1',
-        'v' || target.version_id
+        ehub.rows_of(target), ehub.has_keys(target, '$1')
     ) INTO missing USING keys;
     IF missing IS NOT NULL THEN
         PERFORM ehub.refuse_key(target.space, missing[1]);

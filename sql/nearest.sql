@@ -49,9 +49,11 @@ BEGIN
     PERFORM ehub.require_query(target, query, k);
     -- The sum keeps the planner from an approximate index that somebody made on the table.
     RETURN QUERY EXECUTE format(
-        'SELECT key, 0.0 + (embedding %s $1) AS distance, metadata FROM ehub_data.%I WHERE %s'
-        ' ORDER BY distance, key LIMIT $2',
-        ehub.distance_operator(target.metric), 'v' || target.version_id,
+        'SELECT * FROM ('
+        ' SELECT key, 0.0 + (embedding %s $1) AS distance, metadata FROM %s AS t WHERE %s'
+        ' ORDER BY distance, key LIMIT $2'
+        ') AS near WHERE distance < ''NaN''',
+        ehub.distance_operator(target.metric), ehub.rows_of(target),
         concat_ws(
             ' AND ', '($3 IS NULL OR key <> ALL ($3))',
             ehub.conditions(target, ehub.filter_with_index(target, filter, index), partition)
@@ -136,9 +138,9 @@ BEGIN
         RETURN candidates;
     END IF;
     -- Reading that many rows by their keys takes as long as reading all of them in a row.
-    IF cardinality(delta) > 1000 AND cardinality(delta) > (
-        SELECT reltuples / 50 FROM pg_class WHERE oid = to_regclass('ehub_data.v' || version_id)
-    ) THEN
+    IF cardinality(delta) > 1000
+        AND cardinality(delta) > ehub.known_rows(ehub.table_of(version_id)) / 50
+    THEN
         RETURN NULL;
     END IF;
     IF cardinality(candidates) >= asked THEN
@@ -163,6 +165,12 @@ CREATE OR REPLACE FUNCTION ehub.create_checks(
     version_id bigint, metric text, partition_by text
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_variable
+DECLARE
+    target ehub.catalogue := (
+        SELECT c FROM ehub.catalogue AS c WHERE c.version_id = create_checks.version_id
+    );
+    rows text := ehub.rows_of(target);
 BEGIN
     EXECUTE format(
         $template$
@@ -174,14 +182,14 @@ BEGIN
             BEGIN
                 RETURN QUERY
                 SELECT t.key, 0.0 + (t.embedding %3$s $1), t.metadata
-                FROM ehub_data.%2$I AS t
-                WHERE t.key = ANY (
-                    (SELECT ehub.deciding_keys(%4$s, $3, $2, $4, $5))::text[]
-                ) AND ($7 IS NULL OR t.key <> ALL ($7))
+                FROM %2$s AS t
+                WHERE %4$s AND ($7 IS NULL OR t.key <> ALL ($7))
                 ORDER BY 2, 1 LIMIT $6;
             END $body$
         $template$,
-        'check_v' || version_id, 'v' || version_id, ehub.distance_operator(metric), version_id
+        'check_v' || version_id, rows, ehub.distance_operator(metric), ehub.has_keys(target, format(
+            '(SELECT ehub.deciding_keys(%s, $3, $2, $4, $5))::text[]', version_id
+        ))
     );
     -- The same among rows that match. Where the candidates need not, all is known as far out as the
     -- farthest of them lies that matches and has not changed; an answer that goes farther is none.
@@ -198,8 +206,8 @@ BEGIN
                     SELECT ehub.deciding_keys(%4$s, $3, $2, $4, $5) AS keys
                 ), near AS MATERIALIZED (
                     SELECT t.key, 0.0 + (t.embedding %3$s $1) AS distance, t.metadata
-                    FROM ehub_data.%2$I AS t
-                    WHERE t.key = ANY ((SELECT d.keys FROM deciding AS d)::text[])
+                    FROM %2$s AS t
+                    WHERE %6$s
                         AND ($7 IS NULL OR t.key <> ALL ($7))
                         AND ($8 IS NULL OR t.metadata @@ $8)
                         AND ($9 IS NULL OR t.metadata ->> %5$L = $9)
@@ -217,8 +225,9 @@ BEGIN
                 ORDER BY 2, 1 LIMIT $6;
             END $body$
         $template$,
-        'check_matching_v' || version_id, 'v' || version_id, ehub.distance_operator(metric),
-        version_id, coalesce(partition_by, '')
+        'check_matching_v' || version_id, rows, ehub.distance_operator(metric),
+        version_id, coalesce(partition_by, ''),
+        ehub.has_keys(target, '(SELECT d.keys FROM deciding AS d)::text[]')
     );
     EXECUTE format(
         $template$
@@ -249,7 +258,7 @@ BEGIN
                         p.owner, t.key, t.metadata, 0.0 + (t.embedding %3$s v.query) AS distance
                     FROM pairs AS p
                     JOIN unnest($1) WITH ORDINALITY AS v (query, owner) ON v.owner = p.owner
-                    JOIN ehub_data.%2$I AS t ON t.key = p.key
+                    JOIN %2$s AS t ON t.key = p.key AND %6$s
                     WHERE (SELECT d.keys IS NOT NULL FROM delta AS d)
                         AND NOT EXISTS (SELECT FROM short)
                         AND ($7 IS NULL OR t.metadata @@ $7)
@@ -264,8 +273,11 @@ BEGIN
                 WHERE r.place <= $6 ORDER BY r.owner, r.place;
             END $body$
         $template$,
-        'check_many_v' || version_id, 'v' || version_id, ehub.distance_operator(metric),
-        version_id, coalesce(partition_by, '')
+        'check_many_v' || version_id, rows, ehub.distance_operator(metric),
+        version_id, coalesce(partition_by, ''),
+        CASE WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_keys(
+            target, '(SELECT array_agg(DISTINCT o.key) FROM pairs AS o)'
+        ) END
     );
 END $$;
 
@@ -277,7 +289,9 @@ BEGIN
     EXECUTE format('DROP FUNCTION ehub_data.%I', 'check_matching_v' || version_id);
 END $$;
 
-SELECT ehub.create_checks(id, metric, partition_by) FROM ehub.version;
+SELECT ehub.create_checks(v.id, v.metric, v.partition_by) FROM ehub.version AS v
+WHERE NOT EXISTS (SELECT FROM ehub.attachment AS a WHERE a.version_id = v.id);
+SELECT ehub.fit_attached(a.version_id) FROM ehub.attachment AS a;
 
 -- Find the k nearest rows to a query: in any statement, joined with what you like.
 --

@@ -226,6 +226,9 @@ DECLARE
     nonce text := date_part('epoch', sent);
     life ehub.incarnation;
     index_id bigint;
+    attached ehub.attachment;
+    -- What the index has to be as of: the life of the database, and the state of an attached table.
+    state text;
     statement text;
     waited float8;
     answer record;
@@ -260,9 +263,20 @@ BEGIN
         reason := 'no index has just the rows that may be read';
         RETURN;
     END IF;
+    state := life.token;
+    SELECT * INTO attached FROM ehub.attachment AS a WHERE a.version_id = $1;
+    IF FOUND THEN
+        IF attached.shape <> ehub.attached_shape(attached.relation) THEN
+            reason := 'its table was altered a moment ago';
+            RETURN;
+        END IF;
+        state := state || '/' || ehub.attached_token(
+            $1, attached.relation, attached.column_name, attached.column_number
+        );
+    END IF;
     statement := format(
         'CANDIDATES %s %s %s %s %s %s %s %s %s',
-        nonce, life.token, index_id, n, k, ehub.whole_setting('ehub.ef_search', 0),
+        nonce, state, index_id, n, k, ehub.whole_setting('ehub.ef_search', 0),
         coalesce('x' || encode(convert_to(filter::text, 'UTF8'), 'hex'), '-'),
         coalesce('x' || encode(convert_to(partition, 'UTF8'), 'hex'), '-'), queries
     );

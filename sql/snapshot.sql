@@ -79,6 +79,7 @@ DECLARE
     target ehub.catalogue := ehub.require_space(address);
     relation text := format('ehub_data.%I', 'v' || target.version_id);
 BEGIN
+    PERFORM ehub.require_own(address, 'its rows are written there');
     PERFORM ehub.stop_writers(target);
     DROP TABLE IF EXISTS pg_temp.ehub_plan;
     EXECUTE format(

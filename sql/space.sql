@@ -192,6 +192,7 @@ CREATE OR REPLACE FUNCTION ehub.delete_space(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM ehub.require_admin(caller, split_part($1, '@', 1));
+    PERFORM ehub.require_own(split_part($1, '@', 1), 'ehub.detach ends that');
     PERFORM ehub.hold_average($1);
     PERFORM FROM ehub.space AS s WHERE s.name = $1 FOR UPDATE;
     PERFORM ehub.require_no_followers($1);

@@ -30,6 +30,7 @@ DECLARE
     merged bigint;
     total bigint;
 BEGIN
+    PERFORM ehub.require_own(space, 'its rows are written there');
     DELETE FROM pg_temp.ehub_staging AS s
     USING (
         SELECT key, max(ordinal) AS latest FROM pg_temp.ehub_staging

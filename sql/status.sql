@@ -1,12 +1,18 @@
 -- How everything is.
 
+-- NULL where the table of an attached space is not any more what it was attached as.
 CREATE OR REPLACE FUNCTION ehub.count_rows(version_id bigint) RETURNS bigint
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    target ehub.catalogue := (
+        SELECT c FROM ehub.catalogue AS c WHERE c.version_id = count_rows.version_id
+    );
     n bigint;
 BEGIN
-    EXECUTE format('SELECT count(*) FROM ehub_data.%I', 'v' || version_id) INTO n;
+    EXECUTE format('SELECT count(*) FROM %s AS t', ehub.rows_of(target)) INTO n;
     RETURN n;
+EXCEPTION WHEN SQLSTATE 'EH027' THEN
+    RETURN NULL;
 END $$;
 
 -- The keys that changed since a watermark, for those who see all rows.

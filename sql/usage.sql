@@ -6,21 +6,29 @@ CREATE OR REPLACE FUNCTION ehub.for_everybody() RETURNS name[]
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT ARRAY[
         -- Rows, under the caller's own rights.
-        'address', 'average', 'average_steps', 'average_value', 'average_weight', 'averages',
-        'averages_query', 'candidates_needed', 'choice', 'condition', 'conditions', 'count_rows',
-        'delete', 'diff', 'diff_keys', 'distance', 'distance_operator', 'distances',
-        'drop_partition', 'element_implies', 'estimated_rows', 'example_query', 'explain_nearest',
-        'field_path', 'field_steps', 'filter_condition', 'filter_of_field', 'filter_of_index',
-        'filter_parts', 'filter_path', 'filter_text', 'filter_with_index', 'get', 'implies',
-        'index_missing', 'indexes_for', 'joined', 'kept_metadata', 'mean_of_examples',
-        'merge_staged', 'nearest', 'nearest_at', 'nearest_exact', 'nearest_exact_to',
-        'nearest_like', 'nearest_many', 'nearest_of_batch', 'nearest_to', 'overlap',
-        'overlap_of_queries', 'partitions', 'refuse_average', 'refuse_filter', 'refuse_key',
+        'add_attached_triggers', 'add_statement_triggers', 'address', 'as_metadata',
+        'attach', 'attached_column', 'attached_condition', 'attached_fields',
+        'attached_key', 'attached_problem', 'attached_rows', 'attached_shape',
+        'attached_token', 'average', 'average_steps', 'average_value', 'average_weight',
+        'averages', 'averages_query', 'bigint_keys', 'candidates_needed', 'choice',
+        'column_condition', 'condition', 'conditions', 'count_rows', 'delete', 'detach',
+        'diff', 'diff_keys', 'distance', 'distance_operator', 'distances', 'drop_partition',
+        'element_implies', 'estimated_rows', 'example_query', 'explain_nearest',
+        'field_path', 'field_steps', 'field_value', 'filter_condition', 'filter_fields',
+        'filter_of_field', 'filter_of_index', 'filter_parts', 'filter_path', 'filter_text',
+        'filter_with_index', 'get', 'has_distances', 'has_filter', 'has_keys', 'hides_rows',
+        'holder', 'implies', 'in_turns', 'index_missing', 'indexes_for', 'joined',
+        'kept_metadata', 'known_rows', 'mean_of_examples', 'merge_staged', 'nearest',
+        'nearest_at', 'nearest_exact', 'nearest_exact_to', 'nearest_like', 'nearest_many',
+        'nearest_of_batch', 'nearest_to', 'object_of', 'overlap', 'overlap_of_queries',
+        'owner', 'partitions', 'refuse_average', 'refuse_filter', 'refuse_key',
         'refuse_partition', 'refuse_row', 'refuse_space', 'relation_at', 'relation_of_diff',
-        'require_checkpoint', 'require_exact_is_allowed', 'require_keys', 'require_partition',
-        'require_partition_field', 'require_query', 'require_read_committed', 'require_scalar',
-        'require_space', 'require_usable', 'rows_at', 'set', 'shared', 'stage', 'stop_writers',
-        'whole_setting', 'within', 'write_staged',
+        'require_attachable', 'require_checkpoint', 'require_exact_is_allowed',
+        'require_keys', 'require_name', 'require_own', 'require_partition',
+        'require_partition_field', 'require_query', 'require_read_committed',
+        'require_scalar', 'require_shape', 'require_space', 'require_usable', 'rows_at',
+        'rows_of', 'set', 'shared', 'space_of', 'stage', 'stop_writers', 'tree_of',
+        'unlogged', 'uuid_keys', 'whole_setting', 'within', 'write_staged',
         -- With the owner's rights, for callers who see all rows of a version; of who calls.
         'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_log', 'images', 'lag',
         'me', 'sees_all', 'this_statement',
@@ -28,9 +36,10 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'acknowledge', 'acknowledged', 'forget_replica', 'recognise', 'release_log', 'report',
         'trim', 'trimmed_below',
         -- With the owner's rights, for the admins of a space.
-        'checkpoint', 'create_average', 'create_index', 'create_version', 'delete_space',
-        'drop_checkpoint', 'drop_index', 'drop_version', 'freeze', 'grant', 'keep_warm', 'promote',
-        'restore', 'revoke', 'rollback',
+        'add_attached', 'attachment_of', 'checkpoint', 'create_average', 'create_index',
+        'create_version', 'delete_space', 'drop_checkpoint', 'drop_index', 'drop_version',
+        'freeze', 'grant', 'keep_warm', 'promote', 'remove_attached', 'restore', 'revoke',
+        'rollback',
         -- For the owner and its members.
         'grant_create', 'grant_default', 'revoke_create', 'revoke_default',
         -- With the owner's rights, and nothing to tell that is not for everybody.
@@ -42,7 +51,7 @@ $$;
 CREATE OR REPLACE FUNCTION ehub.shown_to_everybody() RETURNS name[]
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT ARRAY[
-        'audit_trail', 'catalogue', 'checkpoints', 'grants', 'indexes', 'kept_averages',
+        'attached', 'audit_trail', 'catalogue', 'checkpoints', 'grants', 'indexes', 'kept_averages',
         'migration', 'promotions', 'setting', 'status', 'sub_indexes', 'versions', 'whoami'
     ]::name[]
 $$;

@@ -23,6 +23,7 @@ DECLARE
     source ehub.catalogue := current;
     made bigint;
 BEGIN
+    PERFORM ehub.require_own($1, 'it has no versions');
     PERFORM ehub.require_no_average($1);
     PERFORM ehub.require_name('a version', $2, 22);
     IF EXISTS (SELECT FROM ehub.version AS v WHERE v.space_id = owner AND v.name = $2) THEN
@@ -201,6 +202,7 @@ DECLARE
     target ehub.catalogue;
     last bigint;
 BEGIN
+    PERFORM ehub.require_own($1, 'it has no versions');
     PERFORM ehub.require_no_average($1);
     last := ehub.last_promotion(owner);
     SELECT c.* INTO target FROM ehub.catalogue AS c JOIN ehub.promotion AS p
@@ -299,6 +301,7 @@ DECLARE
     relation text := format('ehub_data.%I', 'v' || target.version_id);
 BEGIN
     PERFORM ehub.require_no_average(address);
+    PERFORM ehub.require_own(target.space, 'it cannot be frozen');
     PERFORM ehub.stop_writers(target);
     EXECUTE format(
         'CREATE OR REPLACE TRIGGER ehub_frozen BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s'
@@ -410,4 +413,5 @@ ORDER BY p.id DESC;
 -- Versions that are older than their views.
 SELECT ehub.show_version(s.name || '@' || v.name, v.id)
 FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id
-WHERE to_regclass('spaces.' || quote_ident(s.name || '@' || v.name)) IS NULL;
+WHERE to_regclass('spaces.' || quote_ident(s.name || '@' || v.name)) IS NULL
+    AND to_regclass('ehub_data.v' || v.id) IS NOT NULL;
