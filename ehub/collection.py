@@ -14,9 +14,7 @@ from ehub.average import FieldValue
 from ehub.binary import VectorParameter
 from ehub.checkpoint import Checkpoint, CheckpointInfo
 from ehub.database import copy_rows
-from ehub.errors import (
-    InvalidValueError,
-)
+from ehub.errors import AttachedError, InvalidValueError
 from ehub.search import Searchable
 from ehub.snapshot import Snapshot
 from ehub.types import Matrix, Metadata, Partition, Vector
@@ -99,7 +97,7 @@ class Collection(Searchable):
             # A row without its partition is refused before it is seen that there is one already.
             note = sql.SQL(
                 "coalesce((SELECT t.metadata FROM {} AS t WHERE t.key = %s), '{{}}')"
-            ).format(self._view)
+            ).format(self._written)
             parameters.append(key)
         elif metadata is not None:
             note = sql.SQL("%s")
@@ -108,7 +106,7 @@ class Collection(Searchable):
         statement = sql.SQL(
             "INSERT INTO {} (key, embedding, metadata) VALUES (%s, %s, {}) ON CONFLICT (key)"
             " DO UPDATE SET {} RETURNING pg_current_xact_id()::text::bigint"
-        ).format(self._view, note, update)
+        ).format(self._written, note, update)
         with self._database.connection(self._address) as connection:
             row = connection.execute(statement, parameters).fetchone()
         self._wrote(row)
@@ -206,7 +204,7 @@ class Collection(Searchable):
         statement = sql.SQL(
             "WITH gone AS (DELETE FROM {} WHERE key = ANY(%s) RETURNING key)"
             " SELECT array_agg(key), pg_current_xact_id()::text::bigint FROM gone"
-        ).format(self._view)
+        ).format(self._written)
         with self._database.connection(self._address) as connection, connection.transaction():
             row = connection.execute(statement, [wanted]).fetchone()
             gone = set(row[0] or ()) if row else set()
@@ -221,7 +219,7 @@ class Collection(Searchable):
         statement = sql.SQL(
             "WITH gone AS (DELETE FROM {} RETURNING 1)"
             " SELECT count(*), pg_current_xact_id()::text::bigint FROM gone"
-        ).format(self._view)
+        ).format(self._written)
         with self._database.connection(self._address) as connection:
             row = connection.execute(statement).fetchone()
         self._wrote(row and row[1:])
@@ -442,6 +440,16 @@ class Collection(Searchable):
         return Snapshot.download(self._database, self._address, watch)
 
     # --- inside
+
+    @property
+    def _written(self) -> sql.Composable:
+        """The view through which rows are written."""
+        if self.attached_to is not None:
+            raise AttachedError(
+                f"space {self._address!r} is attached to {self.attached_to}: its rows are written"
+                " there"
+            )
+        return sql.Identifier("spaces", self._address)
 
     def _call(self, function: str, *parameters: object) -> None:
         """Call a function of schema ehub on this."""

@@ -7,7 +7,7 @@ import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from psycopg import sql
@@ -32,10 +32,12 @@ class Source:
     # What tells the database from all others.
     identity: str
 
-    @property
-    def relation(self) -> sql.Identifier:
-        """The data table."""
-        return sql.Identifier("ehub_data", f"v{self.version_id}")
+
+class _Rows(NamedTuple):
+    """Rows as a relation, and the condition for some keys of it, as the database writes them."""
+
+    relation: Any
+    by_keys: Any
 
 
 class Block(NamedTuple):
@@ -62,16 +64,16 @@ def download(
 ) -> tuple[Source, Block, Lease]:
     """Read all rows in one snapshot, into arrays that are made once."""
     with database.connection(address) as connection, repeatable_read(connection):
-        source, watermark = _look(connection, address)
+        source, rows, watermark = _look(connection, address)
         row = connection.execute(
-            sql.SQL("SELECT count(*) FROM {}").format(source.relation)
+            sql.SQL("SELECT count(*) FROM {} AS t").format(sql.SQL(rows.relation))
         ).fetchone()
         total = row[0] if row else 0
         held = _hold(database, lease, source, watermark, total)
         vectors = np.empty((total, source.dims), np.float32)
         keys: list[str] = []
         notes: list[str | None] = []
-        for part, matrix, texts in _read(connection, source):
+        for part, matrix, texts in _read(connection, rows, source.dims):
             vectors[len(keys) : len(keys) + len(part)] = matrix
             keys += part
             notes += texts
@@ -87,7 +89,7 @@ def news(
     if lease.nonce is None:
         return None
     with database.connection(address) as connection, repeatable_read(connection):
-        source, watermark = _look(connection, address)
+        source, rows, watermark = _look(connection, address)
         if (source.version_id, source.identity) != (before.version_id, before.identity):
             return None
         row = connection.execute(
@@ -100,7 +102,7 @@ def news(
         keys: list[str] = []
         notes: list[str | None] = []
         matrices = [np.empty((0, source.dims), np.float32)]
-        for part, matrix, texts in _read(connection, source, changed):
+        for part, matrix, texts in _read(connection, rows, source.dims, changed):
             keys += part
             notes += texts
             matrices.append(matrix)
@@ -108,15 +110,16 @@ def news(
     return changed, Block(keys, np.concatenate(matrices), notes), held
 
 
-def _look(connection: Connection, address: str) -> tuple[Source, str]:
-    """Return what an address means, and the snapshot of this transaction."""
+def _look(connection: Connection, address: str) -> tuple[Source, _Rows, str]:
+    """Return what an address means, where its rows are, and the snapshot of this transaction."""
     row = connection.execute(
         "SELECT space, version, version_id, dims, metric, m, ef_construction, target_recall,"
-        " pg_current_snapshot()::text FROM ehub.require_space(%s)",
+        " ehub.rows_of(s), ehub.has_keys(s, '$1'), pg_current_snapshot()::text"
+        " FROM ehub.require_space(%s) AS s",
         [address],
     ).fetchone()
     assert row is not None  # noqa: S101 - what is not there raises
-    return Source(*(*row[:8], identity(connection))), row[8]
+    return Source(*(*row[:8], identity(connection))), _Rows(*row[8:10]), row[10]
 
 
 def identity(connection: Connection) -> str:
@@ -141,14 +144,15 @@ def _hold(database: Database, lease: uuid.UUID, source: Source, watermark: str, 
 
 
 def _read(
-    connection: Connection, source: Source, keys: list[str] | None = None
+    connection: Connection, rows: _Rows, dims: int, keys: list[str] | None = None
 ) -> Iterator[tuple[list[str], Matrix, list[str | None]]]:
     chosen: sql.Composable = sql.SQL("")
     if keys is not None:
-        chosen = sql.SQL(" WHERE key = ANY({})").format(sql.Literal(keys))
+        wanted = (sql.Literal(keys) + sql.SQL("::text[]")).as_string(connection)
+        chosen = sql.SQL(" WHERE ") + sql.SQL(rows.by_keys.replace("$1", wanted))
     query = sql.SQL(
-        "COPY (SELECT embedding, key, nullif(metadata, '{{}}')::text FROM {}{})"
+        "COPY (SELECT embedding, key, nullif(metadata, '{{}}')::text FROM {} AS t{})"
         " TO STDOUT (FORMAT binary)"
-    ).format(source.relation, chosen)
+    ).format(sql.SQL(rows.relation), chosen)
     with connection.cursor().copy(query) as stream:
-        yield from decode_rows_with_notes(stream, source.dims)
+        yield from decode_rows_with_notes(stream, dims)

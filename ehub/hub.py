@@ -10,7 +10,7 @@ from ehub import access, average, config, resources, values
 from ehub.access import AuditEntry, Finding, Grant, Privilege, Right, Role
 from ehub.average import KeptAverage
 from ehub.database import SCHEMA_REVISION, Database
-from ehub.errors import ConfigurationError, SchemaError
+from ehub.errors import ConfigurationError, NotAttachableError, SchemaError
 from ehub.replica import Replica
 from ehub.snapshot import Snapshot
 from ehub.space import Space, Version
@@ -122,6 +122,78 @@ class Hub:
                 "SELECT ehub.create_average(%s, %s, %s, %s, %s, %s::int, %s::int, %s)", parameters
             )
         return self.get_space(name)
+
+    def attach(
+        self,
+        table: str,
+        column: str,
+        name: str | None = None,
+        *,
+        metric: Metric | None = None,
+        dims: SupportsIndex | None = None,
+        M: int = 16,
+        ef_construction: int = 200,
+        target_recall: float = 0.95,
+    ) -> Space:
+        """Search the embeddings in a column of a table that is there already, as a space.
+
+        No row moves: the table goes on as it is, and triggers log which keys change. Its primary
+        key, of one column (integers, uuid, text), gives the keys, its other columns are the
+        metadata. ``table`` is its name as SQL writes it, like ``public.documents``. The column is
+        of pgvector's type ``vector`` or ``halfvec``; rows without an embedding are not in the
+        space, and those that have no distance to anything are not found.
+
+        The space's ``name`` is by default that of the table, its ``metric`` that of pgvector's
+        index on the column, else ``l2``. ``dims`` is needed where the column has vectors of
+        several: then the space is of those rows. The rest is as for :meth:`create_space`. Needs
+        ownership of the table; those who write to it wait while triggers are made.
+
+        What needs rows of ehub's own raises :class:`ehub.AttachedError`: writes, versions,
+        checkpoints, grants (those on the table count), maintained averages.
+
+        Raises:
+            NotAttachableError: there is no such table or column, or it cannot be attached.
+            SpaceExistsError: there is a space of that name, or the column is attached already.
+            AccessDeniedError: you do not own the table.
+            InvalidValueError: another value; the message names it and its limits.
+            WaitTimeoutError: transactions wrote to the table for a minute; nothing was changed.
+        """
+        parameters = [
+            table,
+            column,
+            None if name is None else values.as_name("a space", name),
+            None if metric is None else str(metric),
+            None if dims is None else values.as_whole("dims", dims),
+            values.as_whole("M", M),
+            values.as_whole("ef_construction", ef_construction),
+            values.as_number("target_recall", target_recall),
+        ]
+        with self._database.connection() as connection:
+            found = connection.execute("SELECT to_regclass(%s)::oid::bigint", [table]).fetchone()
+            if found is None or found[0] is None:
+                raise NotAttachableError(f"there is no table {table!r} that you may use")
+            row = connection.execute(
+                "SELECT ehub.attach(%s::oid, %s, %s, %s, %s::int, %s::int, %s::int, %s)",
+                [found[0], *parameters[1:]],
+            ).fetchone()
+        assert row is not None  # noqa: S101 - a select without from
+        return self.get_space(row[0])
+
+    def detach(self, name: str) -> None:
+        """End what :meth:`attach` began: of the space nothing is left, and the table is as before.
+
+        Needs ownership of the table; waits for transactions that use it.
+
+        Raises:
+            SpaceNotFoundError: there is no space of that name.
+            NotAttachableError: it is not attached.
+            AccessDeniedError: you do not own the table.
+            WaitTimeoutError: transactions used the table for a minute; nothing was changed.
+        """
+        with self._database.connection(name) as connection:
+            connection.execute("SELECT ehub.detach(%s)", [name])
+        if self._replica is not None:
+            self._replica.refresh()
 
     def kept_averages(self) -> list[KeptAverage]:
         """Return the spaces of averages that one may read or write, by name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, SupportsIndex, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,9 +15,12 @@ from ehub import values
 from ehub.binary import VectorParameter, VectorsParameter, decode_vector
 from ehub.database import Connection, Database
 from ehub.errors import (
+    AccessDeniedError,
     ConfigurationError,
+    DatabaseError,
     InvalidValueError,
     ServiceError,
+    UnavailableError,
     WaitTimeoutError,
 )
 from ehub.index import PartitionedIndex
@@ -54,6 +57,7 @@ class Shape(NamedTuple):
     target_recall: float
     frozen: bool
     partition_by: str | None
+    attached_to: str | None
 
 
 class Way(NamedTuple):
@@ -110,7 +114,6 @@ class Searchable(Rows):
         self._by_service = index == "service"
         self._index_place: IndexPlace = index
         self._replica = replica
-        self._view = sql.Identifier("spaces", address)
         self._shape = self._read_shape()
 
     @property
@@ -132,6 +135,11 @@ class Searchable(Rows):
     def ef_construction(self) -> int:
         """The candidates kept while a node of its index is linked."""
         return self._shape.ef_construction
+
+    @property
+    def attached_to(self) -> str | None:
+        """The table whose rows these are, where the space is attached to one."""
+        return self._shape.attached_to
 
     @property
     def target_recall(self) -> float:
@@ -446,12 +454,14 @@ class Searchable(Rows):
         found = answering.search(query[None], rows_near(k))
         if found is None:
             return None
-        statement = sql.SQL(
-            "SELECT key, {} FROM {} WHERE key = ANY(%s) AND metadata @@ ehub.filter_path(%s::jsonb)"
-        ).format(sql.SQL("metadata" if metadata else "NULL"), answering.entry.relation)
-        with self._database.connection(self._address) as connection:
-            keys = found[0].keys
-            notes = dict(connection.execute(statement, [keys, among.filter]).fetchall())
+        notes = self._notes(
+            answering,
+            "metadata" if metadata else "NULL",
+            [found[0].keys, among.filter],
+            "metadata @@ ehub.filter_path(%s::jsonb)",
+        )
+        if notes is None:
+            return None
         near = [
             Neighbor(key, distance, notes[key])
             for key, distance in zip(*found[0], strict=True)
@@ -577,15 +587,31 @@ class Searchable(Rows):
         if not metadata or not near:
             return near
         # Of the version that the index holds, whichever is current by now.
-        query = sql.SQL("SELECT key, metadata FROM {} WHERE key = ANY(%s)").format(
-            answering.entry.relation
-        )
         keys = list({one.key for one in near})
-        with self._database.connection(self._address) as connection:
-            notes = dict(connection.execute(query, [keys]).fetchall())
-        if len(notes) < len(keys):
+        notes = self._notes(answering, "metadata", [keys])
+        if notes is None or len(notes) < len(keys):
             return None
         return [one._replace(metadata=notes[one.key]) for one in near]
+
+    def _notes(
+        self,
+        answering: Answering,
+        column: str,
+        parameters: list[object],
+        condition: str = "true",
+    ) -> dict[str, Any] | None:
+        """Return a column of the index' rows, by key; None where they are not what they were."""
+        statement = answering.entry.rows_with_keys(f"key, {column}", condition)
+        try:
+            with self._database.connection(self._address) as connection:
+                return dict(connection.execute(statement, parameters).fetchall())
+        except (UnavailableError, AccessDeniedError):
+            raise
+        except DatabaseError:
+            if answering.entry.attached:
+                # Somebody has altered the table, and the replica does not know it yet.
+                return None
+            raise
 
     # --- by Postgres
 
@@ -673,10 +699,7 @@ class Searchable(Rows):
     def _vector_type(self, connection: Connection) -> int:
         """Return the oid of pgvector's type."""
         oid = connection.execute(
-            "SELECT atttypid FROM pg_attribute"
-            " WHERE attrelid = to_regclass(format('spaces.%%I', %s::text))"
-            " AND attname = 'embedding'",
-            [self._address],
+            "SELECT prorettype FROM pg_proc WHERE oid = 'ehub.get(text, text)'::regprocedure"
         ).fetchone()
         return oid[0] if oid else 0
 
@@ -708,7 +731,7 @@ class Searchable(Rows):
         with self._database.connection(self._address) as connection:
             row = connection.execute(
                 "SELECT version, dims, metric, m, ef_construction, target_recall, frozen,"
-                " partition_by FROM ehub.catalogue"
+                " partition_by, relation::text FROM ehub.catalogue"
                 " WHERE space = %s AND CASE WHEN %s THEN version = %s ELSE current END",
                 [space, bool(at), version],
             ).fetchone()
@@ -724,7 +747,21 @@ class Searchable(Rows):
         return f"{self._address.partition('@')[0]}@{self._read_shape().version}"
 
     def _relation(self, keys: list[str] | None = None) -> sql.Composable:
-        return self._view
+        if self._shape.attached_to is None:
+            return sql.Identifier("spaces", self._address)
+        with self._database.connection(self._address) as connection:
+            row = connection.execute(
+                "SELECT ehub.rows_of(s), ehub.has_keys(s, '$1') FROM ehub.require_space(%s) AS s",
+                [self._address],
+            ).fetchone()
+            assert row is not None  # noqa: S101 - what is not there raises
+            rows, by_keys = (text.replace("%", "%%") for text in row)
+            if keys is None:
+                return sql.SQL("{} AS rows").format(sql.SQL(rows))
+            wanted = (sql.Literal(keys) + sql.SQL("::text[]")).as_string(connection)
+        return sql.SQL("(SELECT * FROM {} AS t WHERE {}) AS rows").format(
+            sql.SQL(rows), sql.SQL(by_keys.replace("$1", wanted.replace("%", "%%")))
+        )
 
     def _as_vector(self, value: object, name: str) -> Vector:
         return self._checked(lambda: values.as_vector(value, self.dims, self.metric, name))

@@ -14,21 +14,27 @@
 -- types, no row without a primary key of one column.
 CREATE OR REPLACE FUNCTION ehub.attached_key(relation regclass)
 RETURNS TABLE (name name, number smallint, type regtype, kind text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
     SELECT a.attname, a.attnum, a.atttypid::regtype, CASE
         WHEN a.atttypid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) THEN 'bigint'
         WHEN a.atttypid = 'uuid'::regtype THEN 'uuid'
         WHEN a.atttypid IN ('text'::regtype, 'varchar'::regtype) THEN 'text'
     END
     FROM pg_index AS i JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-    WHERE i.indrelid = $1 AND i.indisprimary AND i.indnkeyatts = 1
-$$;
+    WHERE i.indrelid = $1 AND i.indisprimary AND i.indnkeyatts = 1;
+END $$;
 
 -- The column of the embeddings: by its name, or where there is none by its number, for it may have been
 -- renamed (and a number may change when a dump is restored). No row where it is gone.
-CREATE OR REPLACE FUNCTION ehub.attached_column(relation regclass, name text, number int)
+CREATE OR REPLACE FUNCTION ehub.attached_column(relation regclass, known_name text, known_number int)
 RETURNS TABLE (name name, number smallint, type regtype, kind text, dims int)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
     SELECT a.attname, a.attnum, a.atttypid::regtype, k.kind, nullif(a.atttypmod, -1)
     FROM pg_attribute AS a CROSS JOIN LATERAL (SELECT CASE
         WHEN a.atttypid = '@vector@.vector'::regtype THEN 'vector'
@@ -36,8 +42,8 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     END) AS k (kind)
     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
         AND (a.attname = $2 OR a.attnum = $3 AND k.kind IS NOT NULL)
-    ORDER BY a.attname = $2 DESC LIMIT 1
-$$;
+    ORDER BY a.attname = $2 DESC LIMIT 1;
+END $$;
 
 -- A column as JSON sees it, as an expression; NULL where it is nothing to filter by. Times with a zone
 -- are those of UTC, whatever the session's zone is.
@@ -68,30 +74,36 @@ END $$;
 -- The columns that serve as metadata.
 CREATE OR REPLACE FUNCTION ehub.attached_fields(relation regclass)
 RETURNS TABLE (field name, number smallint, type oid, collation_ oid)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
     SELECT a.attname, a.attnum, a.atttypid, a.attcollation FROM pg_attribute AS a
     WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
-        AND ehub.field_value(a.atttypid, 'x') IS NOT NULL
-$$;
+        AND ehub.field_value(a.atttypid, 'x') IS NOT NULL;
+END $$;
 
 -- An object of some columns, as an expression; `source` is what a column is in the statement, a format
 -- for its name and its number.
 CREATE OR REPLACE FUNCTION ehub.object_of(relation regclass, source text, fields text[] DEFAULT NULL)
 RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    -- A function takes a hundred arguments at most.
-    SELECT coalesce(string_agg(part.object, ' || ' ORDER BY part.place), '''{}''::jsonb') FROM (
-        SELECT f.place / 50 AS place, 'jsonb_build_object(' || string_agg(
-            format('%L, ', f.field) || ehub.field_value(f.type, format(source, f.field, f.number)),
-            ', ' ORDER BY f.place
-        ) || ')' AS object
-        FROM (
-            SELECT *, row_number() OVER (ORDER BY number) - 1 AS place
-            FROM ehub.attached_fields(relation) WHERE fields IS NULL OR field::text = ANY (fields)
-        ) AS f
-        GROUP BY f.place / 50
-    ) AS part
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        -- A function takes a hundred arguments at most.
+        SELECT coalesce(string_agg(part.object, ' || ' ORDER BY part.place), '''{}''::jsonb') FROM (
+            SELECT f.place / 50 AS place, 'jsonb_build_object(' || string_agg(
+                format('%L, ', f.field) || ehub.field_value(f.type, format(source, f.field, f.number)),
+                ', ' ORDER BY f.place
+            ) || ')' AS object
+            FROM (
+                SELECT *, row_number() OVER (ORDER BY number) - 1 AS place
+                FROM ehub.attached_fields(relation) WHERE fields IS NULL OR field::text = ANY (fields)
+            ) AS f
+            GROUP BY f.place / 50
+        ) AS part
+    );
+END $$;
 
 -- The metadata of a row. It costs, so that statements make it of the rows that they return alone.
 CREATE OR REPLACE FUNCTION ehub.as_metadata(fields jsonb) RETURNS jsonb
@@ -105,23 +117,26 @@ END $$;
 -- where the table is not any more what it was attached as.
 CREATE OR REPLACE FUNCTION ehub.attached_rows(relation regclass, name text, number int, dims int)
 RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT format(
-        '(SELECT t.%1$I::text AS key, t.%1$I AS pk, t.%2$I%3$s AS embedding,'
-        ' ehub.as_metadata(%4$s) AS metadata%5$s FROM %6$s AS t WHERE t.%2$I IS NOT NULL%7$s)',
-        k.name, c.name, CASE c.kind WHEN 'halfvec' THEN '::@vector@.vector' ELSE '' END,
-        ehub.object_of($1, 't.%1$I'),
-        (
-            SELECT string_agg(format(', t.%I AS c%s', f.field, f.number), '' ORDER BY f.number)
-            FROM ehub.attached_fields($1) AS f
-        ),
-        $1,
-        -- Where the column takes any, the space is of those with its dims.
-        CASE WHEN c.dims IS NULL THEN format(' AND @vector@.vector_dims(t.%I) = %s', c.name, $4) END
-    )
-    FROM ehub.attached_key($1) AS k, ehub.attached_column($1, $2, $3) AS c
-    WHERE k.kind IS NOT NULL AND c.kind IS NOT NULL AND coalesce(c.dims, $4) = $4
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT format(
+            '(SELECT t.%1$I::text AS key, t.%1$I AS pk, t.%2$I%3$s AS embedding,'
+            ' ehub.as_metadata(%4$s) AS metadata%5$s FROM %6$s AS t WHERE t.%2$I IS NOT NULL%7$s)',
+            k.name, c.name, CASE c.kind WHEN 'halfvec' THEN '::@vector@.vector' ELSE '' END,
+            ehub.object_of($1, 't.%1$I'),
+            (
+                SELECT string_agg(format(', t.%I AS c%s', f.field, f.number), '' ORDER BY f.number)
+                FROM ehub.attached_fields($1) AS f
+            ),
+            $1,
+            -- Where the column takes any, the space is of those with its dims.
+            CASE WHEN c.dims IS NULL THEN format(' AND @vector@.vector_dims(t.%I) = %s', c.name, $4) END
+        )
+        FROM ehub.attached_key($1) AS k, ehub.attached_column($1, $2, $3) AS c
+        WHERE k.kind IS NOT NULL AND c.kind IS NOT NULL AND coalesce(c.dims, $4) = $4
+    );
+END $$;
 
 -- Keys of rows as bigints; what is no such key is left out.
 CREATE OR REPLACE FUNCTION ehub.bigint_keys(keys text[]) RETURNS bigint[]
@@ -265,25 +280,38 @@ END $$;
 
 -- What a table is called and has, as the functions that were made for it know it.
 CREATE OR REPLACE FUNCTION ehub.attached_shape(relation regclass) RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT md5(concat_ws(
-        ' ', $1::text,
-        (
-            SELECT string_agg(
-                concat_ws(' ', a.attnum, a.attname, a.atttypid, a.atttypmod), ',' ORDER BY a.attnum
-            )
-            FROM pg_attribute AS a
-            WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
-        ),
-        (SELECT i.indkey::text FROM pg_index AS i WHERE i.indrelid = $1 AND i.indisprimary)
-    ))
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT md5(concat_ws(
+            ' ', $1::text,
+            (
+                SELECT string_agg(
+                    concat_ws(' ', a.attnum, a.attname, a.atttypid, a.atttypmod), ',' ORDER BY a.attnum
+                )
+                FROM pg_attribute AS a
+                WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
+            ),
+            (SELECT i.indkey::text FROM pg_index AS i WHERE i.indrelid = $1 AND i.indisprimary)
+        ))
+    );
+END $$;
 
 -- A table and its partitions, if it has any.
-CREATE OR REPLACE FUNCTION ehub.tree_of(relation regclass) RETURNS SETOF oid
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT $1::oid UNION SELECT p.relid::oid FROM pg_partition_tree($1) AS p
-$$;
+CREATE OR REPLACE FUNCTION ehub.tree_of(relation regclass) RETURNS oid[]
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    found oid[] := ARRAY[relation];
+    below oid[] := found;
+BEGIN
+    -- Not by pg_partition_tree, which waits for whoever has locked one of them.
+    LOOP
+        below := ARRAY(SELECT i.inhrelid FROM pg_inherits AS i WHERE i.inhparent = ANY (below));
+        EXIT WHEN below = '{}';
+        found := found || below;
+    END LOOP;
+    RETURN found;
+END $$;
 
 -- What changes whenever rows may have come, gone or changed without being logged: a table that was
 -- rewritten, partitions that were attached, detached or truncated, triggers that somebody switched off,
@@ -292,27 +320,26 @@ $$;
 CREATE OR REPLACE FUNCTION ehub.attached_token(
     version_id bigint, relation regclass, name text, number int
 ) RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT md5(concat_ws(
-        ' ',
-        (
-            SELECT string_agg(
-                concat_ws(' ', c.oid, c.relfilenode, (
-                    SELECT string_agg(t.oid || t.tgenabled::text || t.xmin, ' ' ORDER BY t.oid)
-                    FROM pg_trigger AS t
-                    WHERE t.tgrelid = c.oid AND t.tgfoid = to_regproc('ehub_data.log_v' || $1)
-                )),
-                ',' ORDER BY c.oid
-            )
-            FROM pg_class AS c WHERE c.oid IN (SELECT ehub.tree_of($2))
-        ),
-        (SELECT concat_ws(' ', k.number, k.type::oid) FROM ehub.attached_key($2) AS k),
-        (
-            SELECT concat_ws(' ', c.number, c.type::oid, c.dims)
-            FROM ehub.attached_column($2, $3, $4) AS c
-        )
-    ))
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    facts text;
+    key record;
+    col record;
+BEGIN
+    SELECT string_agg(concat_ws(' ', c.oid, c.relfilenode, t.states), ',' ORDER BY c.oid)
+    INTO facts
+    FROM pg_class AS c CROSS JOIN LATERAL (
+        SELECT string_agg(t.oid || t.tgenabled::text || t.xmin, ' ' ORDER BY t.oid) AS states
+        FROM pg_trigger AS t
+        WHERE t.tgrelid = c.oid AND t.tgfoid = to_regproc('ehub_data.log_v' || $1)
+    ) AS t
+    WHERE c.oid = ANY (ehub.tree_of($2));
+    SELECT * INTO key FROM ehub.attached_key($2);
+    SELECT * INTO col FROM ehub.attached_column($2, $3, $4);
+    RETURN md5(
+        concat_ws(' ', facts, key.number, key.type::oid, col.number, col.type::oid, col.dims)
+    );
+END $$;
 
 -- Why no index can follow an attached table as it is, for a role that reads it for one; NULL if it can.
 CREATE OR REPLACE FUNCTION ehub.attached_problem(
@@ -339,7 +366,8 @@ BEGIN
             'column %I of %s has no vectors of %s dims any more', col.name, relation, dims
         )
         WHEN ehub.unlogged(version_id, relation) THEN format(
-            'triggers of ehub are missing or switched off on %s', relation
+            'triggers of ehub are missing or switched off on %s; ehub.reattach makes them anew',
+            relation
         )
         WHEN shape.relkind <> 'p' AND EXISTS (
             SELECT FROM pg_inherits AS i WHERE i.inhparent = relation
@@ -357,30 +385,36 @@ END $$;
 
 -- Whether row policies of a table may hide rows from a role.
 CREATE OR REPLACE FUNCTION ehub.hides_rows(relation regclass, role regrole) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT c.relrowsecurity
-        AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles AS r WHERE r.oid = role)
-        AND (c.relforcerowsecurity OR NOT pg_has_role(role, c.relowner, 'USAGE'))
-    FROM pg_class AS c WHERE c.oid = relation
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT c.relrowsecurity
+            AND NOT (SELECT r.rolsuper OR r.rolbypassrls FROM pg_roles AS r WHERE r.oid = role)
+            AND (c.relforcerowsecurity OR NOT pg_has_role(role, c.relowner, 'USAGE'))
+        FROM pg_class AS c WHERE c.oid = relation
+    );
+END $$;
 
 -- Whether some change of a table would not be logged: see ehub.add_attached_triggers.
 CREATE OR REPLACE FUNCTION ehub.unlogged(version_id bigint, relation regclass) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT bool_or(CASE
-        WHEN c.relkind = 'p' AND c.oid = $2 THEN t.always < 2
-        WHEN c.relispartition THEN t.always < 1
-        ELSE t.origin < 4 OR t.replica < 1 OR t.always < 1
-    END)
-    FROM pg_class AS c CROSS JOIN LATERAL (
-        SELECT count(*) FILTER (WHERE t.tgenabled IN ('O', 'A')) AS origin,
-            count(*) FILTER (WHERE t.tgenabled IN ('R', 'A') AND t.tgtype & 1 = 1) AS replica,
-            count(*) FILTER (WHERE t.tgenabled = 'A') AS always
-        FROM pg_trigger AS t
-        WHERE t.tgrelid = c.oid AND t.tgfoid = to_regproc('ehub_data.log_v' || $1)
-    ) AS t
-    WHERE c.oid IN (SELECT ehub.tree_of($2))
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        SELECT bool_or(CASE
+            WHEN c.relkind = 'p' AND c.oid = $2 THEN t.always < 2
+            WHEN c.relispartition THEN t.always < 1
+            ELSE t.origin < 4 OR t.replica < 1 OR t.always < 1
+        END)
+        FROM pg_class AS c CROSS JOIN LATERAL (
+            SELECT count(*) FILTER (WHERE t.tgenabled IN ('O', 'A')) AS origin,
+                count(*) FILTER (WHERE t.tgenabled IN ('R', 'A') AND t.tgtype & 1 = 1) AS replica,
+                count(*) FILTER (WHERE t.tgenabled = 'A') AS always
+            FROM pg_trigger AS t
+            WHERE t.tgrelid = c.oid AND t.tgfoid = to_regproc('ehub_data.log_v' || $1)
+        ) AS t
+        WHERE c.oid = ANY (ehub.tree_of($2))
+    );
+END $$;
 
 -- Make the function that logs changes of an attached table, for the key that it has now. It must never
 -- fail: if the table has other columns by then, it logs that everything may have changed.
@@ -564,7 +598,7 @@ BEGIN
         why := 'is a partition';
         hint := 'attach the whole table';
     ELSIF EXISTS (
-        SELECT FROM pg_class AS c WHERE c.oid IN (SELECT ehub.tree_of($1)) AND c.relkind = 'f'
+        SELECT FROM pg_class AS c WHERE c.oid = ANY (ehub.tree_of($1)) AND c.relkind = 'f'
     ) THEN
         why := 'has partitions that are foreign tables';
     ELSIF shape.relkind = 'r' AND EXISTS (
@@ -719,29 +753,14 @@ CREATE OR REPLACE FUNCTION ehub.detach(name text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     a ehub.attachment := ehub.attachment_of($1);
-    shape record;
-    trigger name;
+    there boolean := EXISTS (SELECT FROM pg_class AS c WHERE c.oid = a.relation);
 BEGIN
     PERFORM ehub.require_read_committed($1);
-    SELECT c.relowner INTO shape FROM pg_class AS c WHERE c.oid = a.relation;
-    IF FOUND THEN
-        IF NOT pg_has_role(shape.relowner, 'USAGE') THEN
-            RAISE EXCEPTION 'role % does not own %', quote_ident(current_user), a.relation
-                USING ERRCODE = 'insufficient_privilege',
-                HINT = format('%s does', shape.relowner::regrole);
-        END IF;
-        PERFORM ehub.in_turns(
-            a.relation::text, format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', a.relation), '1 minute'
-        );
-        FOR trigger IN
-            SELECT t.tgname FROM pg_trigger AS t
-            WHERE t.tgrelid = a.relation AND t.tgfoid = to_regproc('ehub_data.log_v' || a.version_id)
-        LOOP
-            EXECUTE format('DROP TRIGGER %I ON %s', trigger, a.relation);
-        END LOOP;
+    IF there THEN
+        PERFORM ehub.drop_attached_triggers(a.version_id, a.relation, '1 minute');
     END IF;
     PERFORM ehub.remove_attached($1);
-    IF shape IS NOT NULL AND a.granted AND NOT EXISTS (
+    IF there AND a.granted AND NOT EXISTS (
         SELECT FROM ehub.attached AS o WHERE o.relation = a.relation
     ) THEN
         EXECUTE format('REVOKE SELECT ON %s FROM %s', a.relation, ehub.owner());
@@ -797,8 +816,46 @@ BEGIN
     DELETE FROM ehub.space AS s WHERE s.id = space.id;
 END $$;
 
--- Look after attached tables: make the functions of those that were altered anew, and forget those that
--- were dropped. Of a space that somebody is managing, another time.
+-- Make the triggers of an attached table anew, where somebody has dropped or switched them off (ALTER
+-- TABLE … ENABLE TRIGGER ALL does that to those that fire always). For the owner of the table; waits for
+-- transactions that use it as ehub.detach does.
+CREATE OR REPLACE FUNCTION ehub.reattach(name text) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    a ehub.attachment := ehub.attachment_of($1);
+BEGIN
+    PERFORM ehub.drop_attached_triggers(a.version_id, a.relation, '1 minute');
+    PERFORM ehub.add_attached_triggers(a.version_id, a.relation);
+END $$;
+
+-- Drop the triggers of an attached table, by its owner, who keeps others from it until the end of the
+-- transaction.
+CREATE OR REPLACE FUNCTION ehub.drop_attached_triggers(
+    version_id bigint, relation regclass, patience interval
+) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    owner regrole := (SELECT c.relowner FROM pg_class AS c WHERE c.oid = relation);
+    trigger name;
+BEGIN
+    IF NOT pg_has_role(owner, 'USAGE') THEN
+        RAISE EXCEPTION 'role % does not own %', quote_ident(current_user), relation
+            USING ERRCODE = 'insufficient_privilege', HINT = format('%s does', owner);
+    END IF;
+    PERFORM ehub.in_turns(
+        relation::text, format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', relation), patience
+    );
+    FOR trigger IN
+        SELECT t.tgname FROM pg_trigger AS t
+        WHERE t.tgrelid = relation AND t.tgfoid = to_regproc('ehub_data.log_v' || version_id)
+    LOOP
+        EXECUTE format('DROP TRIGGER %I ON %s', trigger, relation);
+    END LOOP;
+END $$;
+
+-- Look after attached tables: make the functions of those that were altered anew, and the triggers where
+-- that may be done, and forget those that were dropped. Of a space that somebody is managing, or a table
+-- that somebody uses, another time.
 CREATE OR REPLACE FUNCTION ehub.tend_attached() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -812,6 +869,15 @@ BEGIN
             PERFORM ehub.forget_attached(ehub.owner(), a);
         ELSIF a.shape <> ehub.attached_shape(a.relation) THEN
             PERFORM ehub.fit_attached(a.version_id);
+        ELSIF ehub.unlogged(a.version_id, a.relation) AND (
+            SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = a.relation
+        ) THEN
+            BEGIN
+                PERFORM ehub.drop_attached_triggers(a.version_id, a.relation, '0');
+                PERFORM ehub.add_attached_triggers(a.version_id, a.relation);
+            EXCEPTION WHEN SQLSTATE 'EH018' THEN
+                NULL;
+            END;
         END IF;
     END LOOP;
 END $$;

@@ -87,7 +87,7 @@ CREATE OR REPLACE FUNCTION ehub.known_rows(relation regclass) RETURNS float8
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN c.relkind = 'p' THEN (
         SELECT coalesce(sum(p.reltuples) FILTER (WHERE p.reltuples >= 0), -1) FROM pg_class AS p
-        WHERE p.oid IN (SELECT ehub.tree_of(c.oid)) AND p.relkind <> 'p'
+        WHERE p.oid = ANY (ehub.tree_of(c.oid)) AND p.relkind <> 'p'
     ) ELSE c.reltuples END
     FROM pg_class AS c WHERE c.oid = relation
 $$;

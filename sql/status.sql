@@ -52,7 +52,15 @@ SELECT
     r.memory,
     r.reported_at,
     r.last_error,
-    coalesce('exact: ' || ehub.service_missing(), 'by the index service') AS in_sql,
+    coalesce(
+        'exact: ' || coalesce(
+            CASE WHEN c.relation IS NOT NULL THEN (
+                SELECT a.problem FROM ehub.attached AS a WHERE a.version_id = c.version_id
+            ) END,
+            ehub.service_missing()
+        ),
+        'by the index service'
+    ) AS in_sql,
     coalesce(i.id, c.index_id) AS index_id,
     c.current,
     i.rows AS of_rows,

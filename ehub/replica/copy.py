@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import psycopg
+from psycopg import errors as pg
 
 from ehub.database import Connection, Database, repeatable_read
 from ehub.errors import EhubError, IndexFileError
@@ -39,6 +40,7 @@ from ehub.replica.log import (
     changed_keys,
     estimated_rows,
     has_log_since,
+    read_entry,
     read_rows,
     stream_rows,
     take_snapshot,
@@ -95,12 +97,13 @@ class _Stopped(Exception):  # noqa: N818 - control flow, not an error
 
 
 class Stamp(NamedTuple):
-    """What the rows of an index equal: the state of one life of the database at a watermark.
+    """What the rows of an index equal: the table at a watermark.
 
-    ``incarnation`` is None where nobody asks who would have to compare it.
+    ``state`` names the life of the database, and of an attached table what it was then; None where
+    nobody asks who would have to compare it.
     """
 
-    incarnation: str | None
+    state: str | None
     watermark: Watermark
 
 
@@ -110,6 +113,8 @@ class Fresh:
 
     index: AnyIndex
     watermark: Watermark
+    # What its entry said of the table then.
+    state: tuple[str | None, str]
     # Whether a file on disk holds just this.
     saved: bool = False
     # Keys applied since the acknowledged watermark, and those to read again.
@@ -135,10 +140,6 @@ class Shared:
     # Around what lets no other thread run for long.
     long_work: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
-    def stamp(self, watermark: Watermark) -> Stamp:
-        """Return what the rows of an index equal that was brought to this watermark."""
-        return Stamp(self.incarnation, watermark)
-
 
 class Copy:
     """One index here. The replica's thread owns it; a job only what it was given."""
@@ -156,6 +157,8 @@ class Copy:
         self.filters = Filters()
         self.selected: Selected | None = None
         self.watermark: Watermark | None = None
+        self.equal_under: tuple[str | None, str] = entry.state
+        self.source = entry.source
         self.fresh: Fresh | None = None
         self.job: str | None = None
         self.error: str | None = None
@@ -219,6 +222,13 @@ class Copy:
         if self.index is not None:
             self.index.as_of = None
 
+    def _stamp(self, watermark: Watermark, incarnation: str | None) -> Stamp:
+        """Return what the rows of an index equal that was brought to this watermark."""
+        token = self.equal_under[0]
+        if incarnation is not None and token is not None:
+            incarnation = f"{incarnation}/{token}"
+        return Stamp(incarnation, watermark)
+
     def resume(self, worker: Connection) -> None:
         """Go back to what was acknowledged, over a new connection.
 
@@ -249,6 +259,25 @@ class Copy:
         fresh = self.fresh
         if time.monotonic() < self.blocked_until:
             return False
+        if self.entry.problem is not None:
+            self._set_aside(self.entry.problem)
+            return False
+        if fresh is not None and self.job is None and fresh.state != self.entry.state:
+            # The table is not any more what it was then, and who changed it wrote no log.
+            self.index, self.watermark, self.fresh = fresh.index, None, None
+            self.forget_stamp()
+            return True
+        if self.source != self.entry.source:
+            # What selects by a column may be of another one now.
+            self.source = self.entry.source
+            self.filters, self.selected = Filters(), None
+            if isinstance(index, HnswIndex):
+                index.deselect()
+        if watermark is not None and self.equal_under != self.entry.state:
+            _log.info("%s: its table was altered; comparing", self.entry.address)
+            self.watermark = None
+            self.forget_stamp()
+            return True
         if fresh is not None and self.nonce is None:
             # Made from a state that the database has lost since.
             self.index, self.fresh, self.watermark = fresh.index, None, None
@@ -280,7 +309,9 @@ class Copy:
                 # Another job goes on; to read so many keys again and again would not help it.
                 self.blocked_until = time.monotonic() + 0.5
             return True
-        stamp = self._shared.stamp(snapshot)
+        if fresh is not None:
+            self.equal_under = fresh.state
+        stamp = self._stamp(snapshot, self._shared.incarnation)
         selected = self._usable_selected(index, fresh)
         if selected is not None:
             try:
@@ -297,6 +328,30 @@ class Copy:
         self.watermark = snapshot
         self.brought = cycle
         return bool(keys) or fresh is not None
+
+    def may_fail(self, error: Exception) -> bool:
+        """Whether the others go on without this one, which cannot be brought for this reason.
+
+        TRUNCATE or DDL that is not committed, a space that was deleted just now; and whatever comes
+        of a table that is somebody else's.
+        """
+        known = (pg.LockNotAvailable, pg.InsufficientPrivilege, pg.UndefinedTable)
+        if (
+            isinstance(error, psycopg.Error)
+            and self.entry.attached
+            and not isinstance(error, known)
+        ):
+            self._set_aside(str(error))
+            return True
+        return isinstance(error, known)
+
+    def _set_aside(self, problem: str) -> None:
+        """Answer nothing while the table cannot be followed; afterwards all is compared."""
+        if self.error != problem or self.state is not State.FAILED:
+            _log.warning("%s: no index follows it: %s", self.entry.address, problem)
+        self.state, self.error = State.FAILED, problem
+        self.watermark = None
+        self.forget_stamp()
 
     def _usable_selected(self, index: AnyIndex, fresh: Fresh | None) -> Selected | None:
         """Take what a job has read for selections, if it is for this index and connection."""
@@ -344,6 +399,7 @@ class Copy:
     def _adopt(self, fresh: Fresh) -> None:
         """Answer from an index that a job has made, from the watermark that was acknowledged."""
         self.index, self.fresh = fresh.index, None
+        self.equal_under = fresh.state
         self.unacknowledged = set(fresh.applied)
         self.unmeasured = len(fresh.applied)
         self.mixed = False
@@ -525,7 +581,7 @@ class Copy:
                 # The next cycle sees for itself that it is behind.
                 pass
             except Exception as error:
-                if self._shared.stopping and isinstance(error, psycopg.errors.QueryCanceled):
+                if self._shared.stopping and isinstance(error, pg.QueryCanceled):
                     # Whoever leaves does not wait for somebody else's lock.
                     return
                 if self._dropped:
@@ -585,7 +641,7 @@ class Copy:
             # Asked after the lease is there: from then on nobody trims above it.
             known = known and has_log_since(connection, entry, watermark)
         if known:
-            self.fresh = Fresh(index, watermark, saved=True)
+            self.fresh = Fresh(index, watermark, entry.state, saved=True)
         else:
             _log.info("%s: the saved index is not as of a known state", entry.address)
             self.state = State.COMPARING
@@ -597,7 +653,7 @@ class Copy:
         if self.index is None:
             self.state = State.BUILDING
         with Spool(self.store.folder, entry.dims) as spool:
-            watermark = self._stream(spool.write)
+            watermark, state = self._stream(spool.write)
             self.done, self.total = 0, spool.rows
             keys, vectors, partitions = spool.all()
             parameters = (
@@ -609,7 +665,7 @@ class Copy:
                 index = build_index(keys, vectors, *parameters)
             else:
                 index = build_partitioned(keys, vectors, partitions, *parameters)
-        self.fresh = Fresh(index, watermark)
+        self.fresh = Fresh(index, watermark, state)
 
     def _progressed(self, rows: int) -> None:
         self._check_stopped()
@@ -624,14 +680,14 @@ class Copy:
             _stage(index, batch)
 
         try:
-            watermark = self._stream(compare)
+            watermark, state = self._stream(compare)
             index.publish(set(index.keys()) - present)
         except BaseException:
             index.discard()
             raise
         self._measure(index)
         self.index = None
-        self.fresh = Fresh(index, watermark)
+        self.fresh = Fresh(index, watermark, state)
 
     def _catch_up(self, fresh: Fresh | None, epoch: int, incarnation: str | None) -> None:
         """Apply a large backlog, to the index that answers or to one that is about to."""
@@ -656,7 +712,7 @@ class Copy:
                     yield batch
                     self.done += len(batch.keys)
 
-            _apply(index, keys, batches(), Stamp(incarnation, snapshot))
+            _apply(index, keys, batches(), self._stamp(snapshot, incarnation))
         with self._shared.changed:
             if fresh is None:
                 self._applied(keys)
@@ -687,13 +743,16 @@ class Copy:
         # The database has as much rest as work with it.
         self._select_at = 2 * time.monotonic() - started
 
-    def _stream(self, receive: Callable[[Batch], None]) -> Watermark:
-        """Read the whole table in one snapshot, and take a lease of the log from there on."""
-        entry = self.entry
+    def _stream(self, receive: Callable[[Batch], None]) -> tuple[Watermark, tuple[str | None, str]]:
+        """Read the whole table in one snapshot, and take a lease of the log from there on.
+
+        Returns the snapshot, and what the entry said of the table then.
+        """
         with self._connected() as connection:
             while True:
                 with repeatable_read(connection):
                     snapshot = take_snapshot(connection)
+                    entry = read_entry(connection, self.entry)
                     self.done, self.total = 0, estimated_rows(connection, entry)
                     with self._shared.database.connection() as other:
                         self._acknowledge(other, snapshot, uuid.uuid4())
@@ -705,7 +764,7 @@ class Copy:
                         self._check_stopped()
                         receive(batch)
                         self.done += len(batch.keys)
-                    return snapshot
+                    return snapshot, entry.state
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Connection]:

@@ -120,7 +120,7 @@ def read_selected(
     Vectors stay within their room. ``go_on`` is called now and then; what it raises ends the work.
     """
     snapshot = take_snapshot(connection)
-    conditions = filter_conditions(connection, list(due))
+    conditions = filter_conditions(connection, entry, list(due))
     rows: dict[str, tuple[list[str], Matrix | None]] = {}
     room = _room(index)
     for text, needed in due.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,14 +17,19 @@ from ehub.types import Matrix, Metric
 from ehub.watermark import Watermark
 
 _READ_KEYS = 1000
+_ENTRIES = (
+    "SELECT space, version, version_id, dims, metric, index_id, m, ef_construction, target_recall,"
+    " current, name, partition_by, coalesce(condition, 'true'), whole, source, by_keys, attached,"
+    " token, outdated, problem FROM ehub.indexes"
+)
 
 
 class Entry(NamedTuple):
     """A row of ``ehub.indexes``: a version of a space, and an index of it.
 
-    It is over all rows, or over those for which ``condition`` holds: those that limited roles see,
-    or with a ``name`` those that match a filter. Over all rows of a version with partitions it is
-    kept by the values of ``partition_by``, a field of metadata.
+    It is over all rows (``whole``), or over those that limited roles see, or with a ``name`` over
+    those that match a filter. Over all rows of a version with partitions it is kept by the values
+    of ``partition_by``, a field of metadata.
     """
 
     space: str
@@ -38,13 +44,17 @@ class Entry(NamedTuple):
     current: bool
     name: str | None
     partition_by: str | None
-    # As the database itself has written it.
+    # As the database itself has written these: which rows it has, of what, and how to find some.
     condition: Any
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is over all rows."""
-        return bool(self.condition == "true")
+    whole: bool
+    source: Any
+    by_keys: Any
+    # An attached table is somebody else's, who may alter it: what is the same while every change of
+    # it is logged, whether its functions were made for another shape, why it cannot be followed.
+    attached: bool
+    token: str | None
+    outdated: bool | None
+    problem: str | None
 
     @property
     def address(self) -> str:
@@ -52,9 +62,9 @@ class Entry(NamedTuple):
         return f"{self.space}@{self.version}"
 
     @property
-    def relation(self) -> sql.Identifier:
-        """The data table."""
-        return sql.Identifier("ehub_data", f"v{self.version_id}")
+    def state(self) -> tuple[str | None, str]:
+        """What an index of it was made under; under another one it must be compared."""
+        return self.token, self.condition
 
     @property
     def partition(self) -> str:
@@ -62,6 +72,13 @@ class Entry(NamedTuple):
         if self.partition_by is None:
             return "NULL::text"
         return f"metadata ->> {sql.Literal(self.partition_by).as_string()}"
+
+    def rows_with_keys(self, columns: str, condition: str = "true") -> sql.Composed:
+        """Return a query for columns of the rows of some keys, its first parameter."""
+        query = sql.SQL("SELECT {} FROM {} AS rows WHERE {} AND ({})")
+        by_keys: Any = _escaped(self.by_keys).replace("$1", "%s::text[]")
+        parts: list[Any] = [columns, _escaped(self.source), by_keys, condition]
+        return query.format(*map(sql.SQL, parts))
 
     def build_parameters(self) -> dict[str, Any]:
         """Return what a graph depends on; a saved one with others is of no use."""
@@ -71,6 +88,7 @@ class Entry(NamedTuple):
             "m": self.m,
             "ef_construction": self.ef_construction,
             "partition_by": self.partition_by,
+            **({"state": list(self.state)} if self.attached else {}),
         }
 
 
@@ -101,16 +119,21 @@ def read_catalogue(connection: Connection, addresses: Collection[str] | None) ->
     the indexes over limited rows too, which only searches in SQL have a use for.
     """
     rows = connection.execute(
-        "SELECT space, version, version_id, dims, metric, index_id, m, ef_construction,"
-        " target_recall, current, name, partition_by, coalesce(condition, 'true')"
-        " FROM ehub.indexes"
-        " WHERE (current OR warm) AND %(names)s::text[] IS NULL OR rows IS NULL AND"
+        f"{_ENTRIES} WHERE (current OR warm) AND %(names)s::text[] IS NULL OR rows IS NULL AND"
         " ((current OR warm) AND space = ANY(%(names)s)"
         " OR space || '@' || version = ANY(%(names)s))"
         " ORDER BY current DESC, version_id, rows NULLS FIRST, name NULLS FIRST",
         {"names": None if addresses is None else list(addresses)},
     )
     return [Entry(*row) for row in rows]
+
+
+def read_entry(connection: Connection, entry: Entry) -> Entry:
+    """Return what an entry is now; raises Behind where there is none any more."""
+    row = connection.execute(f"{_ENTRIES} WHERE index_id = %s", [entry.index_id]).fetchone()
+    if row is None:
+        raise Behind("it is gone")
+    return Entry(*row)
 
 
 def take_snapshot(connection: Connection) -> Watermark:
@@ -155,20 +178,16 @@ def read_rows(
     connection: Connection, entry: Entry, keys: set[str], conditions: Sequence[str] = ()
 ) -> Iterator[Batch]:
     """Read the rows of some keys, and whether conditions hold for them, in the transaction."""
-    held = sql.SQL(", ").join([sql.SQL(_escaped(one)) for one in conditions])
-    query = sql.SQL(
-        "SELECT key, embedding, {}, ARRAY[{}]::bool[] FROM {} WHERE key = ANY(%s) AND ({})"
-    )
-    statement = query.format(
-        sql.SQL(_escaped(entry.partition)),
-        held,
-        entry.relation,
-        sql.SQL(_escaped(entry.condition)),
+    held = ", ".join(map(_escaped, conditions))
+    statement = entry.rows_with_keys(
+        f"key, embedding, {_escaped(entry.partition)}, ARRAY[{held}]::bool[]",
+        _escaped(entry.condition),
     )
     wanted = list(keys)
     for start in range(0, len(wanted), _READ_KEYS):
         part = wanted[start : start + _READ_KEYS]
-        rows = connection.execute(statement, [part], binary=True).fetchall()
+        with _every_row(connection, entry):
+            rows = connection.execute(statement, [part], binary=True).fetchall()
         if rows:
             yield Batch(
                 [row[0] for row in rows],
@@ -181,16 +200,17 @@ def read_rows(
 def stream_rows(connection: Connection, entry: Entry, condition: Any = "true") -> Iterator[Batch]:
     """Read all rows of the index, or those that match, as the transaction sees them."""
     query = sql.SQL(
-        "COPY (SELECT embedding, key{} FROM {} WHERE ({}) AND ({})) TO STDOUT (FORMAT binary)"
+        "COPY (SELECT embedding, key{} FROM {} AS rows WHERE ({}) AND ({}))"
+        " TO STDOUT (FORMAT binary)"
     )
     partition: Any = "" if entry.partition_by is None else f", {entry.partition}"
     statement = query.format(
         sql.SQL(partition),
-        entry.relation,
+        sql.SQL(entry.source),
         sql.SQL(entry.condition),
         sql.SQL(condition),
     )
-    with connection.cursor().copy(statement) as stream:
+    with _every_row(connection, entry), connection.cursor().copy(statement) as stream:
         if entry.partition_by is None:
             for keys, vectors in decode_rows(stream, entry.dims):
                 yield Batch(keys, vectors, [""] * len(keys), np.empty((len(keys), 0), np.bool_))
@@ -200,10 +220,28 @@ def stream_rows(connection: Connection, entry: Entry, condition: Any = "true") -
                 yield Batch(keys, vectors, [name or "" for name in names], nothing)
 
 
-def filter_conditions(connection: Connection, filters: Sequence[str]) -> dict[str, str]:
+@contextlib.contextmanager
+def _every_row(connection: Connection, entry: Entry) -> Iterator[None]:
+    """Have Postgres fail rather than let row policies of somebody's table hide a row, in here.
+
+    They are not even asked: what they call is their owner's, and would run with the rights of
+    whoever reads.
+    """
+    if entry.attached:
+        connection.execute("SET LOCAL row_security = off")
+    yield
+    if entry.attached:
+        connection.execute("SET LOCAL row_security = on")
+
+
+def filter_conditions(
+    connection: Connection, entry: Entry, filters: Sequence[str]
+) -> dict[str, str]:
     """Return what filters are in SQL, as the database translates them."""
     rows = connection.execute(
-        "SELECT f, ehub.filter_condition(f::jsonb) FROM unnest(%s::text[]) AS f", [list(filters)]
+        "SELECT f, ehub.has_filter(c, f::jsonb) FROM unnest(%s::text[]) AS f"
+        " JOIN ehub.catalogue AS c ON c.version_id = %s",
+        [list(filters), entry.version_id],
     )
     return dict(rows.fetchall())
 
@@ -216,7 +254,8 @@ def _escaped(condition: str) -> Any:
 def estimated_rows(connection: Connection, entry: Entry) -> int:
     """Return the planner's idea of the table's size, 0 where it has none."""
     row = connection.execute(
-        "SELECT reltuples::bigint FROM pg_class WHERE oid = to_regclass(%s)",
-        [f"ehub_data.v{entry.version_id}"],
+        "SELECT ehub.known_rows(coalesce(c.relation, to_regclass('ehub_data.v' || c.version_id)))"
+        " FROM ehub.catalogue AS c WHERE c.version_id = %s",
+        [entry.version_id],
     ).fetchone()
-    return max(0, row[0]) if row else 0
+    return max(0, int(row[0])) if row else 0

@@ -22,8 +22,6 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 
-from psycopg import errors as pg
-
 from ehub.database import Connection, Database, is_lost
 from ehub.errors import EhubError, UnavailableError, WaitTimeoutError
 from ehub.index import AnyIndex, Found, HnswIndex, PartitionedIndex, Plan
@@ -454,18 +452,14 @@ class Replica:
                     blocked = copy
                     found |= copy.bring(worker, snapshot, self._started)
             worker.execute("COMMIT")
-        except (pg.LockNotAvailable, pg.InsufficientPrivilege, pg.UndefinedTable):
-            # TRUNCATE or DDL that is not committed, or a space that was deleted just now: the
-            # others go on without this one.
+        except Exception as error:
+            if is_lost(error):
+                raise
             worker.execute("ROLLBACK")
-            if blocked is None:
+            if blocked is None or not blocked.may_fail(error):
                 raise
             blocked.blocked_until = time.monotonic() + 0.5
             return True
-        except Exception as error:
-            if not is_lost(error):
-                worker.execute("ROLLBACK")
-            raise
         finally:
             with self._shared.changed:
                 self._finished = self._started
@@ -505,6 +499,8 @@ class Replica:
             worker.execute("SELECT ehub.trim()")
             if self._everything:
                 worker.execute("SELECT ehub.tend()")
+        elif self._everything and any(copy.entry.outdated for copy in self._copies.values()):
+            worker.execute("SELECT ehub.tend_attached()")
 
 
 def _space(address: str) -> str:

@@ -40,13 +40,13 @@ _MOST = 10_000_000
 
 
 class _Question(NamedTuple):
-    """``CANDIDATES nonce incarnation index n k ef filter partition queries``.
+    """``CANDIDATES nonce state index n k ef filter partition queries``.
 
     As ``ehub.candidates`` writes it: what may be missing is ``-``, or ``x`` and hexadecimal digits.
     """
 
     nonce: str
-    incarnation: str
+    state: str
     index_id: int
     n: int
     k: int
@@ -63,10 +63,10 @@ class _Question(NamedTuple):
                 "42601",
                 f"CANDIDATES has {_FIELDS - 1} fields, like those that ehub.candidates sends",
             )
-        _, nonce, incarnation, index_id, n, k, ef, wanted, partition, queries = fields
+        _, nonce, state, index_id, n, k, ef, wanted, partition, queries = fields
         try:
             asked = cls(
-                *(nonce, incarnation, int(index_id), int(n), int(k), int(ef)),
+                *(nonce, state, int(index_id), int(n), int(k), int(ef)),
                 _optional(wanted),
                 _optional(partition),
                 queries,
@@ -189,8 +189,8 @@ class Answers:
         if found is None:
             return "parts of its graph cannot be reached; it is built anew", False
         stamp = found.as_of
-        if not isinstance(stamp, Stamp) or stamp.incarnation != asked.incarnation:
-            return "it follows another life of this database", False
+        if not isinstance(stamp, Stamp) or stamp.state != asked.state:
+            return "it follows another life of this database, or of this table", False
         return found, matching
 
     def _copy(self, index_id: int) -> Copy | None:
