@@ -13,6 +13,7 @@ from ehub.access import AuditEntry, Finding, Grant, Privilege, Right, Role
 from ehub.average import FieldValue, KeptAverage
 from ehub.checkpoint import Checkpoint, CheckpointInfo
 from ehub.collection import Restored, SubIndex
+from ehub.compare import Measured
 from ehub.diff import Diff, Drift, Moved
 from ehub.errors import (
     AccessDeniedError,
@@ -98,6 +99,7 @@ __all__ = [
     "InvalidVectorError",
     "KeptAverage",
     "KeyNotFoundError",
+    "Measured",
     "Metric",
     "Moved",
     "Neighbor",

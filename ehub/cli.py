@@ -26,7 +26,7 @@ from pythonjsonlogger.json import JsonFormatter
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import ehub
-from ehub import ask, config, demo, manage, parts, rights
+from ehub import ask, attaching, config, demo, manage, parts, rights
 from ehub.database import Database
 from ehub.files import FORMATS, EmbeddingFile, Record
 from ehub.hub import open_database
@@ -48,6 +48,7 @@ app.add_typer(ask.app)
 app.add_typer(manage.app)
 app.add_typer(rights.app)
 app.add_typer(parts.app)
+app.add_typer(attaching.app)
 _INTERRUPTED = 130
 _PORT, _PAGES_PORT = 6433, 9433
 _JSON_FIELDS = {"asctime": "time", "levelname": "level", "name": "logger"}

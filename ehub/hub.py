@@ -10,7 +10,7 @@ from ehub import access, average, config, resources, values
 from ehub.access import AuditEntry, Finding, Grant, Privilege, Right, Role
 from ehub.average import KeptAverage
 from ehub.database import SCHEMA_REVISION, Database
-from ehub.errors import ConfigurationError, NotAttachableError, SchemaError
+from ehub.errors import ConfigurationError, NotAttachableError, SchemaError, SpaceNotFoundError
 from ehub.replica import Replica
 from ehub.snapshot import Snapshot
 from ehub.space import Space, Version
@@ -178,6 +178,22 @@ class Hub:
             ).fetchone()
         assert row is not None  # noqa: S101 - a select without from
         return self.get_space(row[0])
+
+    def attached(self, table: str, column: str, metric: Metric | None = None) -> Space | None:
+        """Return the space that a column of a table is attached as, None where it is not.
+
+        Raises:
+            InvalidValueError: it is attached under several metrics, and none is said.
+        """
+        with self._database.connection() as connection:
+            try:
+                row = connection.execute(
+                    "SELECT ehub.space_of(to_regclass(%s), %s, %s)",
+                    [table, column, None if metric is None else str(metric)],
+                ).fetchone()
+            except SpaceNotFoundError:
+                return None
+        return self.get_space(row[0]) if row and row[0] else None
 
     def detach(self, name: str) -> None:
         """End what :meth:`attach` began: of the space nothing is left, and the table is as before.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, SupportsIndex
 
 from numpy.typing import ArrayLike
@@ -13,6 +13,7 @@ from ehub import access, values
 from ehub.access import AuditEntry, Grant, Privilege
 from ehub.binary import VectorsParameter
 from ehub.collection import Collection
+from ehub.compare import Measured, measure
 from ehub.database import Database
 from ehub.diff import Diff, compare
 from ehub.errors import InvalidNameError, InvalidValueError, VersionNotFoundError
@@ -102,6 +103,38 @@ class Space(Collection):
     def name(self) -> str:
         """The name that applications ask for."""
         return self._address
+
+    def compare_with_pgvector(
+        self,
+        queries: ArrayLike | None = None,
+        *,
+        k: SupportsIndex = 10,
+        sample: SupportsIndex = 100,
+        watch: Callable[[str], None] = lambda _: None,
+    ) -> list[Measured]:
+        """Measure searches of an attached space: ehub's, and by pgvector's index on the column.
+
+        ``queries`` are numbers of shape ``(n, dims)``; without them ``sample`` rows are drawn, and
+        none is an answer to itself. Exact searches say what the ``k`` nearest are, and take most of
+        the time; ``watch`` is told what is being done. ehub is asked as this hub asks it, in SQL or
+        in this process, which comes first in the answer. pgvector's index, if there is one, is
+        measured as the database sets it, and where it finds less than ehub also as it has to be set
+        to find as much, or as far as it goes. Nothing is changed.
+
+        Raises:
+            InvalidValueError: the space is not attached, or has too few rows; or a query.
+            WaitTimeoutError: ehub's index was not ready within an hour.
+        """
+        return measure(
+            self,
+            self._address,
+            self._database,
+            self._index_place,
+            queries,
+            values.as_whole("k", k),
+            values.as_whole("sample", sample),
+            watch,
+        )
 
     # --- versions
 
