@@ -14,16 +14,15 @@ from psycopg import sql
 
 from ehub import values
 from ehub.binary import VectorParameter, decode_vector
-from ehub.database import Connection, Database
+from ehub.database import Connection, Database, mapped
 from ehub.errors import InvalidValueError
 from ehub.search import Searchable
-from ehub.types import IndexPlace, Metric, Vector
+from ehub.types import IndexPlace, Vector
 
 _ROUNDS = 3
 _WAIT_SECONDS = 3600.0
 # What sets how far pgvector's indexes look, and the most that they take.
 _SETTINGS = {"hnsw": ("hnsw.ef_search", 1000), "ivfflat": ("ivfflat.probes", 32768)}
-_OPERATORS: dict[Metric, LiteralString] = {"l2": "<->", "cosine": "<=>", "ip": "<#>"}
 
 
 class Measured(NamedTuple):
@@ -52,8 +51,8 @@ class _Way(NamedTuple):
     name: str
     ask: Callable[[_Query], list[str]]
     memory: int | None = None
-    # A setting that it needs, and its value.
-    setting: tuple[str, int] | None = None
+    # What it needs set, and its values.
+    settings: tuple[tuple[str, str], ...] = ()
 
 
 def measure(
@@ -71,8 +70,8 @@ def measure(
         raise InvalidValueError("only spaces that are attached to a table are compared")
     watch("waiting for ehub's index")
     space.wait_until_indexed(_WAIT_SECONDS)
-    with contextlib.closing(database.connect()) as connection:
-        connection.execute("SET ehub.mode = 'index'; SET enable_seqscan = off")
+    with mapped(), contextlib.closing(database.connect()) as connection:
+        connection.execute("SET ehub.mode = 'index'")
         asked = list(_queries(connection, space, address, queries, sample))
         watch(f"searching exactly, {len(asked)} queries")
         exact = _in_sql(connection, _function("nearest_exact", address), k)
@@ -80,8 +79,8 @@ def measure(
 
         def recall(way: _Way) -> float:
             watch(f"searching by {way.name}")
-            _set(connection, way)
-            pairs = zip(map(way.ask, asked), truth, strict=True)
+            with _set(connection, way):
+                pairs = list(zip(map(way.ask, asked), truth, strict=True))
             return float(np.mean([len({*found} & {*near}) / len(near) for found, near in pairs]))
 
         ours = _ours(connection, space, address, place, k)
@@ -96,11 +95,11 @@ def measure(
         watch("measuring the rates, in turns")
         rates: dict[_Way, list[float]] = {way: [] for way in ways}
         for way in [*ways] * _ROUNDS:
-            _set(connection, way)
-            started = time.perf_counter()
-            for query in asked:
-                way.ask(query)
-            rates[way].append(len(asked) / (time.perf_counter() - started))
+            with _set(connection, way):
+                started = time.perf_counter()
+                for query in asked:
+                    way.ask(query)
+                rates[way].append(len(asked) / (time.perf_counter() - started))
     return [
         Measured(way.name, found, statistics.median(rates[way]), way.memory)
         for way, found in ways.items()
@@ -155,8 +154,8 @@ def _theirs(connection: Connection, space: Searchable, address: str, k: int) -> 
     """Yield pgvector's index on the column as it is set, and then looking farther and farther."""
     found = connection.execute(
         "SELECT i.indexrelid::regclass::text, m.amname, pg_relation_size(i.indexrelid),"
-        " k.name, c.name, c.kind"
-        " FROM ehub.attached AS a"
+        " k.name, c.name, ARRAY[p.prorettype::regtype, c.type]::text[]"
+        " FROM ehub.attached AS a JOIN pg_proc AS p ON p.oid = 'ehub.get(text, text)'::regprocedure"
         " CROSS JOIN LATERAL ehub.attached_key(a.relation) AS k"
         ' CROSS JOIN LATERAL ehub.attached_column(a.relation, a."column", NULL) AS c'
         " JOIN pg_index AS i ON i.indrelid = a.relation AND i.indkey[0] = c.number"
@@ -167,15 +166,14 @@ def _theirs(connection: Connection, space: Searchable, address: str, k: int) -> 
     ).fetchone()
     if found is None:
         return
-    index, method, size, key, column, kind = found
-    statement = sql.SQL(
-        "SELECT {}::text FROM {} ORDER BY {} {} %(vector)s::vector{} LIMIT %(k)s"
-    ).format(
+    index, method, size, key, column, types = found
+    statement = sql.SQL("SELECT {}::text FROM {} ORDER BY {} {} %(vector)s::{} LIMIT %(k)s").format(
         sql.Identifier(key),
         _facts(connection, "s.relation::text", address),
         sql.Identifier(column),
-        sql.SQL(_OPERATORS[space.metric]),
-        sql.SQL("::halfvec" if kind == "halfvec" else ""),
+        _facts(connection, "ehub.distance_operator(s.metric)", address),
+        # A half vector is made of a whole one.
+        sql.SQL("::").join(map(sql.SQL, dict.fromkeys(types))),
     )
     ask = _in_sql(connection, statement, k)
     setting, most = _SETTINGS[method]
@@ -184,16 +182,25 @@ def _theirs(connection: Connection, space: Searchable, address: str, k: int) -> 
     row = connection.execute("SELECT current_setting(%s)::int", [setting]).fetchone()
     number = row[0] if row else most
     while True:
-        yield _Way(f"pgvector, {index}, {setting} {number}", ask, size, (setting, number))
+        # On a small table the planner would do without the index.
+        settings = ((setting, str(number)), ("enable_seqscan", "off"))
+        yield _Way(f"pgvector, {index}, {setting} {number}", ask, size, settings)
         if number >= most:
             return
         number = min(2 * number, most)
 
 
-def _set(connection: Connection, way: _Way) -> None:
-    if way.setting is not None:
-        name, value = way.setting
-        connection.execute("SELECT set_config(%s, %s::text, false)", [name, value])
+@contextlib.contextmanager
+def _set(connection: Connection, way: _Way) -> Iterator[None]:
+    before = [
+        (name, *(connection.execute("SELECT current_setting(%s)", [name]).fetchone() or ()))
+        for name, _ in way.settings
+    ]
+    for setting in way.settings:
+        connection.execute("SELECT set_config(%s, %s, false)", setting)
+    yield
+    for setting in before:
+        connection.execute("SELECT set_config(%s, %s, false)", setting)
 
 
 def _function(name: str, address: str) -> sql.Composed:

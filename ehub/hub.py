@@ -185,14 +185,14 @@ class Hub:
         Raises:
             InvalidValueError: it is attached under several metrics, and none is said.
         """
-        with self._database.connection() as connection:
-            try:
+        try:
+            with self._database.connection() as connection:
                 row = connection.execute(
                     "SELECT ehub.space_of(to_regclass(%s), %s, %s)",
                     [table, column, None if metric is None else str(metric)],
                 ).fetchone()
-            except SpaceNotFoundError:
-                return None
+        except SpaceNotFoundError:
+            return None
         return self.get_space(row[0]) if row and row[0] else None
 
     def detach(self, name: str) -> None:

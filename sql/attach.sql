@@ -772,12 +772,13 @@ CREATE OR REPLACE FUNCTION ehub.attachment_of(name text, caller ehub.caller DEFA
 RETURNS ehub.attachment
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    me regrole := ehub.role_of(caller);
     found ehub.attachment;
 BEGIN
     SELECT a.* INTO found FROM ehub.attachment AS a
     JOIN ehub.version AS v ON v.id = a.version_id JOIN ehub.space AS s ON s.id = v.space_id
     WHERE s.name = $1;
-    IF found IS NULL OR NOT ehub.manages(ehub.role_of(caller), $1) THEN
+    IF found IS NULL OR NOT ehub.manages(me, $1) THEN
         -- A space that is there, and is not attached or not theirs to manage.
         PERFORM ehub.require_admin(caller, $1);
         RAISE EXCEPTION 'space % is not attached', quote_literal($1) USING ERRCODE = 'EH028',
@@ -791,10 +792,11 @@ CREATE OR REPLACE FUNCTION ehub.remove_attached(name text, caller ehub.caller DE
 RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    me regrole := ehub.role_of(caller);
     a ehub.attachment := ehub.attachment_of($1, caller);
 BEGIN
     PERFORM ehub.lock_space($1);
-    PERFORM ehub.forget_attached(ehub.role_of(caller), a);
+    PERFORM ehub.forget_attached(me, a);
     PERFORM ehub.ring();
 END $$;
 

@@ -115,6 +115,57 @@ FUNCTIONS = {
     "partitions": ("read", "ehub.partitions('split')"),
     "within": ("read", f"ehub.within('secret', {V}, 1e9)"),
     "drop_partition": ("write", "ehub.drop_partition('split', '42')"),
+    # Of attached tables: what the catalogue says of a table is everybody's anyway.
+    "attach": (ANYBODY, "ehub.attach('spaces.secret', 'embedding')", "EH028"),
+    "require_attachable": (ANYBODY, "ehub.require_attachable('pg_class', 'oid')", "EH028"),
+    "add_attached": (
+        "owner",
+        "ehub.add_attached('spaces.secret', 'embedding', 'n', 'l2', 2, 16, 200, 0.9, false)",
+        "EH028",
+    ),
+    "add_attached_triggers": ("owner", "ehub.add_attached_triggers(1, 'ehub_data.v1')", "42883"),
+    "add_statement_triggers": (
+        "owner",
+        "ehub.add_statement_triggers('ehub_data.v1', 'x_', 'ehub.log_change(1)')",
+    ),
+    "drop_attached_triggers": ("owner", "ehub.drop_attached_triggers(1, 'ehub_data.v1', '1 h')"),
+    "attachment_of": ("admin", "ehub.attachment_of('secret')", "EH028"),
+    "detach": ("admin", "ehub.detach('secret')", "EH028"),
+    "reattach": ("admin", "ehub.reattach('secret')", "EH028"),
+    "remove_attached": ("admin", "ehub.remove_attached('secret')", "EH028"),
+    "as_metadata": (ANYBODY, "ehub.as_metadata('{}')"),
+    "attached_column": (ANYBODY, "ehub.attached_column('pg_class', 'oid', 1)"),
+    "attached_condition": (ANYBODY, "ehub.attached_condition('pg_class', '{\"a\": 1}')"),
+    "attached_fields": (ANYBODY, "ehub.attached_fields('pg_class')"),
+    "attached_key": (ANYBODY, "ehub.attached_key('pg_class')"),
+    "attached_problem": (
+        ANYBODY,
+        "ehub.attached_problem(1, 'pg_class', 'oid', 1, 2, 'pg_monitor')",
+    ),
+    "attached_rows": (ANYBODY, "ehub.attached_rows('pg_class', 'oid', 1, 2)"),
+    "attached_shape": (ANYBODY, "ehub.attached_shape('pg_class')"),
+    "attached_token": (ANYBODY, "ehub.attached_token(1, 'pg_class', 'oid', 1)"),
+    "bigint_keys": (ANYBODY, "ehub.bigint_keys('{1}')"),
+    "uuid_keys": (ANYBODY, "ehub.uuid_keys('{1}')"),
+    "column_condition": (ANYBODY, "ehub.column_condition(20, 0, 'c', '{\"=\": 1}')"),
+    "field_value": (ANYBODY, "ehub.field_value(20, 'c')"),
+    "filter_fields": (ANYBODY, "ehub.filter_fields('{\"a\": 1}')"),
+    "has_distances": (ANYBODY, "ehub.has_distances('l2')"),
+    "has_filter": (ANYBODY, f"ehub.has_filter({ME}, '{{\"a\": 1}}')"),
+    "has_keys": (ANYBODY, f"ehub.has_keys({ME}, '$1')"),
+    "hides_rows": (ANYBODY, "ehub.hides_rows('pg_class', 'pg_monitor')"),
+    "holder": (ANYBODY, "ehub.holder(0)"),
+    "in_turns": (ANYBODY, "ehub.in_turns('s', 'SELECT 1')"),
+    "known_rows": (ANYBODY, "ehub.known_rows('pg_class')"),
+    "object_of": (ANYBODY, "ehub.object_of('pg_class', 'c%2$s', '{oid}')"),
+    "owner": (ANYBODY, "ehub.owner()"),
+    "require_name": (ANYBODY, "ehub.require_name('a space', 's', 40)"),
+    "require_shape": (ANYBODY, "ehub.require_shape('s', 2, 'l2', 16, 200, 0.9)"),
+    "require_own": ("read", "ehub.require_own('secret', '')"),
+    "rows_of": ("read", "ehub.rows_of(ehub.require_space('secret'))"),
+    "space_of": (ANYBODY, "ehub.space_of('pg_class', 'oid')", "EH001"),
+    "tree_of": (ANYBODY, "ehub.tree_of('pg_class')"),
+    "unlogged": (ANYBODY, "ehub.unlogged(1, 'pg_class')"),
     "create_index": ("admin", "ehub.create_index('secret', 'new', '{\"tenant\": 42}')"),
     "drop_index": ("admin", "ehub.drop_index('split', 'own')"),
     "address": (ANYBODY, f"ehub.address({ME})"),
@@ -223,7 +274,8 @@ FUNCTIONS = {
         *("drop_followers", "follow", "followers", "hold_average", "like_of"),
         *("refuse_direct_write", "require_no_average", "require_no_followers"),
         *("show_followers", "switch_followers", "unfollow"),
-        *("add_partitions", "add_statement_triggers", "carry_indexes", "choose_index"),
+        *("add_partitions", "carry_indexes", "choose_index"),
+        *("create_attached_log", "fit_attached", "forget_attached", "table_of", "tend_attached"),
         *("add_default", "add_version", "apply_access", "apply_create", "apply_policies"),
         *(
             "apply_usage",
@@ -239,11 +291,9 @@ FUNCTIONS = {
             "create_log_triggers",
             "drop_checks",
             "end_of_grant",
-            "holder",
-            "in_turns",
         ),
         *("index_of", "is_owner", "is_warm", "keep_images", "last_promotion", "limits_of"),
-        *("lock_space", "log_action", "log_change", "manages", "may_touch", "owner"),
+        *("lock_space", "log_action", "log_change", "manages", "may_touch"),
         *(
             "policies_due",
             "policies_of_grants",
@@ -252,8 +302,8 @@ FUNCTIONS = {
             "refuse_write",
             "remove_default",
         ),
-        *("remove_version", "require_admin", "require_another", "require_name", "require_owner"),
-        *("require_privilege", "require_role", "require_shape", "rights_due", "rights_given"),
+        *("remove_version", "require_admin", "require_another", "require_owner"),
+        *("require_privilege", "require_role", "rights_due", "rights_given"),
         *("ring", "role_of", "row_check", "sees_all_rows", "show_version", "switch"),
         *("tend_indexes",),
     ),
@@ -427,7 +477,7 @@ def test_functions(people, name):
         statement = f"{prepare}SELECT t FROM {text} AS t"
         said, error = attempt(connection, statement)
         expected = call[1] if len(call) > 1 else None
-        if name == "require_read_committed" and kind == "revoked meanwhile":
+        if name in ("require_read_committed", "attach") and kind == "revoked meanwhile":
             expected = "EH005"
         if rule in (ANYBODY, SILENT) or rule in MAY[kind]:
             assert (error and error.sqlstate) == expected, (kind, error)
@@ -448,8 +498,8 @@ def test_relations(people):
         boss.execute("SELECT 'v' || version_id, space || '@' || version FROM ehub.catalogue")
     )
     shown = {
-        *("audit_trail", "catalogue", "checkpoints", "grants", "indexes", "kept_averages"),
-        "migration",
+        *("attached", "audit_trail", "catalogue", "checkpoints", "grants", "indexes"),
+        *("kept_averages", "migration"),
         *("promotions", "setting", "status", "sub_indexes", "versions", "whoami"),
     }
     for schema, relation, relkind in relations:
@@ -591,6 +641,8 @@ def test_a_forged_target_opens_nothing(people):
 METHODS = {
     # method: what it takes, and a call
     "Hub": {
+        "attach": None,
+        "attached": (SILENT, lambda hub, space: hub.attached("pg_class", "oid")),
         "audit": (SILENT, lambda hub, space: hub.audit()),
         "close": None,
         "conninfo": None,
@@ -600,6 +652,7 @@ METHODS = {
         ),
         "create_space": ("create", lambda hub, space: hub.create_space("another", 2)),
         "delete_space": ("admin", lambda hub, space: hub.delete_space(space)),
+        "detach": None,
         "doctor": ("owner", lambda hub, space: hub.doctor()),
         "get_space": ("read", lambda hub, space: hub.get_space(space)),
         "grant_create": ("owner", lambda hub, space: hub.grant_create("pg_monitor")),
@@ -618,6 +671,8 @@ METHODS = {
     },
     "Space": {
         "M": None,
+        "attached_to": None,
+        "compare_with_pgvector": None,
         "at": ("whole", lambda space: list(space.at("nightly").items())),
         "audit": (SILENT, lambda space: space.audit()),
         "average": ("read", lambda space: space.average(["mine_1"])),

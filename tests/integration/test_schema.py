@@ -156,6 +156,7 @@ def test_strangers_may_look_but_there_is_nothing_to_see(hub, db):
             " 'spaces'::regnamespace) AND has_table_privilege(c.oid, 'SELECT') ORDER BY 1"
         ).fetchall()
         assert [name for (name,) in tables] == [
+            "attached",
             "audit_trail",
             "catalogue",
             "checkpoints",
