@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import psycopg
@@ -205,8 +205,14 @@ def _load(
 def spaces(as_json: Json = False, url: Url = None) -> None:
     """List the spaces."""
     with ehub.connect(url, index="none") as hub:
-        rows = [
-            {"space": space.name, "dims": space.dims, "metric": space.metric, "rows": len(space)}
+        rows: list[dict[str, Any]] = [
+            {
+                "space": space.name,
+                "dims": space.dims,
+                "metric": space.metric,
+                "rows": _rows(space),
+                "attached to": space.attached_to,
+            }
             for space in hub.spaces()
         ]
     if as_json:
@@ -214,10 +220,29 @@ def spaces(as_json: Json = False, url: Url = None) -> None:
     elif rows:
         print_table(
             list(rows[0]),
-            [[*map(str, [r["space"], r["dims"], r["metric"]]), f"{r['rows']:,}"] for r in rows],
+            [
+                [
+                    *map(str, [row["space"], row["dims"], row["metric"]]),
+                    _number(row["rows"]),
+                    str(row["attached to"] or ""),
+                ]
+                for row in rows
+            ],
         )
     else:
         out.print("no spaces yet: ehub load FILE SPACE, or ehub.connect().create_space(…)")
+
+
+def _rows(space: ehub.Space) -> int | None:
+    try:
+        return len(space)
+    except ehub.AttachedError:
+        # Its table is not what it was; the status says what it lacks.
+        return None
+
+
+def _number(rows: int | None) -> str:
+    return "unknown" if rows is None else f"{rows:,}"
 
 
 @app.command()
@@ -240,7 +265,7 @@ def status(as_json: Json = False, url: Url = None) -> None:
                 (row["space"] if row["current"] else f"{row['space']}@{row['version']}")
                 + "".join(f" {json.dumps(limit)}" for limit in row["of_rows"] or ())
                 + (f" {row['index']}" if row["index"] else ""),
-                f"{row['rows']:,}",
+                _number(row["rows"]),
                 str(row["dims"]),
                 row["metric"],
                 f"{state}, {row['indexed_rows']:,} rows" if row["index_state"] else state,
@@ -254,7 +279,8 @@ def status(as_json: Json = False, url: Url = None) -> None:
     print_table(columns, table)
     for row in rows:
         if row["last_error"]:
-            out.print(f"{row['space']} at {row['place']}: {row['last_error']}")
+            place = f" at {row['place']}" if row["place"] else ""
+            out.print(f"{row['space']}{place}: {row['last_error']}", markup=False)
 
 
 @app.command()

@@ -352,7 +352,7 @@ DECLARE
     key record;
     col record;
 BEGIN
-    SELECT c.relkind, c.relrowsecurity, c.relforcerowsecurity, c.relowner INTO shape
+    SELECT c.relkind, c.relispartition INTO shape
     FROM pg_class AS c WHERE c.oid = relation;
     SELECT * INTO key FROM ehub.attached_key(relation);
     SELECT * INTO col FROM ehub.attached_column(relation, name, number);
@@ -369,6 +369,7 @@ BEGIN
             'triggers of ehub are missing or switched off on %s; ehub.reattach makes them anew',
             relation
         )
+        WHEN shape.relispartition THEN format('%s is a partition by now', relation)
         WHEN shape.relkind <> 'p' AND EXISTS (
             SELECT FROM pg_inherits AS i WHERE i.inhparent = relation
         ) THEN format('%s has tables that inherit from it', relation)
@@ -814,6 +815,9 @@ BEGIN
     EXECUTE format('DROP FUNCTION ehub_data.%I() CASCADE', 'log_v' || a.version_id);
     PERFORM ehub.drop_checks(a.version_id);
     DELETE FROM ehub.change AS c WHERE c.version_id = a.version_id;
+    -- The last one that is detached takes back what the first one was given.
+    UPDATE ehub.attachment AS o SET granted = true
+    WHERE a.granted AND o.relation = a.relation AND o.version_id <> a.version_id;
     UPDATE ehub.space AS s SET current_version_id = NULL WHERE s.id = space.id;
     DELETE FROM ehub.space AS s WHERE s.id = space.id;
 END $$;

@@ -51,21 +51,16 @@ SELECT
     r.recall,
     r.memory,
     r.reported_at,
-    r.last_error,
+    coalesce(a.problem, r.last_error) AS last_error,
     coalesce(
-        'exact: ' || coalesce(
-            CASE WHEN c.relation IS NOT NULL THEN (
-                SELECT a.problem FROM ehub.attached AS a WHERE a.version_id = c.version_id
-            ) END,
-            ehub.service_missing()
-        ),
-        'by the index service'
+        'exact: ' || coalesce(a.problem, ehub.service_missing()), 'by the index service'
     ) AS in_sql,
     coalesce(i.id, c.index_id) AS index_id,
     c.current,
     i.rows AS of_rows,
     i.name AS index
 FROM ehub.catalogue AS c
+LEFT JOIN ehub.attached AS a ON a.version_id = c.version_id
 LEFT JOIN (
     ehub.index AS i
     LEFT JOIN ehub.replica AS r ON r.index_id = i.id AND r.expires_at > clock_timestamp()

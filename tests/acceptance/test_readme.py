@@ -34,7 +34,7 @@ def test_access(roles, url, db, tmp_path, monkeypatch):
     monkeypatch.setenv("EHUB_DATABASE_URL", url)
     monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
     exec(compile(blocks("python")[3], "README.md", "exec"), {})
-    answers = [db.execute(one).fetchall() for one in blocks("sql")[1].split(";\n") if one.strip()]
+    answers = [db.execute(one).fetchall() for one in blocks("sql")[2].split(";\n") if one.strip()]
     assert answers[3] == [
         ("articles", "analyst", "read", None),
         ("articles", "tenant_42", "write", {"tenant": 42}),
@@ -82,8 +82,23 @@ def test_sql_among_which_rows(hub, db):
     assert hub.spaces() == []
 
 
+def test_sql_of_your_own_tables(hub, db):
+    answers = [
+        db.execute(one).fetchall() if one.startswith("SELECT") else db.execute(one)
+        for one in blocks("sql")[1].split(";\n")
+        if one
+    ]
+    assert [key for key, _ in answers[4]] == [1, 2]
+    assert answers[5] == [
+        ("1", {"id": 1, "lang": "en", "price": 5}),
+        ("4", {"id": 4, "lang": "en", "price": 30}),
+    ]
+    assert answers[7] == [("documents", "documents", "embedding", None)]
+    assert hub.spaces() == []
+
+
 def test_sql(hub, db):
-    _among, _access, example = blocks("sql")
+    _among, _tables, _access, example = blocks("sql")
     answers = [
         db.execute(one).fetchall() if one.strip().startswith("SELECT") else db.execute(one)
         for one in example.split(";\n")
@@ -104,7 +119,12 @@ def test_sql(hub, db):
     assert hub.spaces() == []
 
 
-def test_commands(roles, url, tmp_path):
+def test_commands(roles, url, db, tmp_path):
+    db.execute(
+        "CREATE TABLE documents (id int PRIMARY KEY, embedding vector(3));"
+        "INSERT INTO documents SELECT i, ARRAY[i, 1, 1]::vector FROM generate_series(1, 50) AS i;"
+        "CREATE INDEX ON documents USING hnsw (embedding vector_cosine_ops)"
+    )
     words = {"king": 1, "queen": 2, "prince": 3}
     (tmp_path / "glove.6B.100d.txt").write_text(
         "".join(f"{word} {' '.join([str(n), *['1'] * 99])}\n" for word, n in words.items())
