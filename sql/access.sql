@@ -101,12 +101,13 @@ CREATE OR REPLACE FUNCTION ehub.sees_all_rows(role regrole, version_id bigint) R
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     relation record;
+    attached regclass;
 BEGIN
     IF to_regclass('ehub_data.v' || version_id) IS NULL THEN
         -- What Postgres says of somebody's own table is all there is to know.
+        attached := ehub.table_of(version_id);
         RETURN coalesce(
-            has_table_privilege(role, ehub.table_of(version_id), 'SELECT')
-                AND NOT ehub.hides_rows(ehub.table_of(version_id), role),
+            has_table_privilege(role, attached, 'SELECT') AND NOT ehub.hides_rows(attached, role),
             false
         );
     END IF;

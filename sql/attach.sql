@@ -140,22 +140,26 @@ END $$;
 
 -- Keys of rows as bigints; what is no such key is left out.
 CREATE OR REPLACE FUNCTION ehub.bigint_keys(keys text[]) RETURNS bigint[]
-LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT array_agg(CASE
-        WHEN key ~ '^(0|-?[1-9][0-9]{0,17})$' THEN key::bigint
-        WHEN key ~ '^-?[1-9][0-9]{18}$' AND key::numeric BETWEEN -9223372036854775808
-            AND 9223372036854775807 THEN key::bigint
-    END)
-    FROM unnest(keys) AS key
-$$;
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN ARRAY(
+        SELECT CASE
+            WHEN key ~ '^(0|-?[1-9][0-9]{0,17})$' THEN key::bigint
+            WHEN key ~ '^-?[1-9][0-9]{18}$' AND key::numeric BETWEEN -9223372036854775808
+                AND 9223372036854775807 THEN key::bigint
+        END
+        FROM unnest(keys) AS key
+    );
+END $$;
 
 CREATE OR REPLACE FUNCTION ehub.uuid_keys(keys text[]) RETURNS uuid[]
-LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT array_agg(CASE
-        WHEN key ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' THEN key::uuid
-    END)
-    FROM unnest(keys) AS key
-$$;
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN ARRAY(
+        SELECT CASE WHEN key ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$' THEN key::uuid END
+        FROM unnest(keys) AS key
+    );
+END $$;
 
 -- The filter as a condition on the rows that ehub.attached_rows describes. What a column's own type and
 -- indexes can answer is asked of the column, the rest of an object of just the columns that matter.
@@ -317,28 +321,37 @@ END $$;
 -- rewritten, partitions that were attached, detached or truncated, triggers that somebody switched off,
 -- if only for a moment; or where other columns are the key and the embedding. An index that equals the
 -- table under one token must be compared under another.
+--
+-- Every search of such a space asks for it, so it is one statement.
 CREATE OR REPLACE FUNCTION ehub.attached_token(
     version_id bigint, relation regclass, name text, number int
 ) RETURNS text
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET plan_cache_mode = force_generic_plan AS $$
 DECLARE
-    facts text;
-    key record;
-    col record;
+    log regproc := to_regproc('ehub_data.log_v' || $1);
+    tree oid[] := ARRAY[$2::oid];
 BEGIN
-    SELECT string_agg(concat_ws(' ', c.oid, c.relfilenode, t.states), ',' ORDER BY c.oid)
-    INTO facts
-    FROM pg_class AS c CROSS JOIN LATERAL (
-        SELECT string_agg(t.oid || t.tgenabled::text || t.xmin, ' ' ORDER BY t.oid) AS states
-        FROM pg_trigger AS t
-        WHERE t.tgrelid = c.oid AND t.tgfoid = to_regproc('ehub_data.log_v' || $1)
-    ) AS t
-    WHERE c.oid = ANY (ehub.tree_of($2));
-    SELECT * INTO key FROM ehub.attached_key($2);
-    SELECT * INTO col FROM ehub.attached_column($2, $3, $4);
-    RETURN md5(
-        concat_ws(' ', facts, key.number, key.type::oid, col.number, col.type::oid, col.dims)
-    );
+    IF EXISTS (SELECT FROM pg_inherits AS i WHERE i.inhparent = $2) THEN
+        tree := ehub.tree_of($2);
+    END IF;
+    RETURN md5(concat_ws(
+        ' ',
+        ARRAY(
+            SELECT concat(c.oid, ' ', c.relfilenode, c.relispartition)
+            FROM pg_class AS c WHERE c.oid = ANY (tree) ORDER BY c.oid
+        ),
+        ARRAY(
+            SELECT concat(t.oid, t.tgenabled, t.xmin) FROM pg_trigger AS t
+            WHERE t.tgrelid = ANY (tree) AND t.tgfoid = log ORDER BY t.oid
+        ),
+        (SELECT i.indkey FROM pg_index AS i WHERE i.indrelid = $2 AND i.indisprimary),
+        (
+            SELECT concat_ws(' ', a.attnum, a.atttypid, a.atttypmod) FROM pg_attribute AS a
+            WHERE a.attrelid = $2 AND NOT a.attisdropped AND (a.attname = $3 OR a.attnum = $4)
+            ORDER BY a.attname = $3 DESC LIMIT 1
+        )
+    ));
 END $$;
 
 -- Why no index can follow an attached table as it is, for a role that reads it for one; NULL if it can.

@@ -93,9 +93,10 @@ END $$;
 
 -- Below this transaction the log of a version is gone.
 CREATE OR REPLACE FUNCTION ehub.trimmed_below(version bigint) RETURNS xid8
-LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-    SELECT v.trimmed_below FROM ehub.version AS v WHERE v.id = version
-$$;
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (SELECT v.trimmed_below FROM ehub.version AS v WHERE v.id = version);
+END $$;
 
 -- Forget what no replica needs any more, of each version by itself: one that is held for long makes
 -- no other long. Returns the number of log rows that went. A replica whose lease has run out counts
