@@ -211,7 +211,7 @@ def spaces(as_json: Json = False, url: Url = None) -> None:
                 "dims": space.dims,
                 "metric": space.metric,
                 "rows": _rows(space),
-                "attached to": space.attached_to,
+                "attached_to": space.attached_to,
             }
             for space in hub.spaces()
         ]
@@ -224,7 +224,7 @@ def spaces(as_json: Json = False, url: Url = None) -> None:
                 [
                     *map(str, [row["space"], row["dims"], row["metric"]]),
                     _number(row["rows"]),
-                    str(row["attached to"] or ""),
+                    str(row["attached_to"] or ""),
                 ]
                 for row in rows
             ],

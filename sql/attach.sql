@@ -383,6 +383,10 @@ BEGIN
             relation
         )
         WHEN shape.relispartition THEN format('%s is a partition by now', relation)
+        WHEN EXISTS (
+            SELECT FROM pg_class AS c
+            WHERE c.oid = ANY (ehub.tree_of(relation)) AND c.relpersistence <> 'p'
+        ) THEN format('%s is unlogged: a crash empties it, and nobody hears of it', relation)
         WHEN shape.relkind <> 'p' AND EXISTS (
             SELECT FROM pg_inherits AS i WHERE i.inhparent = relation
         ) THEN format('%s has tables that inherit from it', relation)
@@ -608,6 +612,11 @@ BEGIN
         hint := 'attach the table that has the rows';
     ELSIF shape.relpersistence = 't' THEN
         why := 'is temporary, and nobody else can read it';
+    ELSIF EXISTS (
+        SELECT FROM pg_class AS c WHERE c.oid = ANY (ehub.tree_of($1)) AND c.relpersistence = 'u'
+    ) THEN
+        why := 'is unlogged: a crash empties it, and nobody hears of it';
+        hint := 'ALTER TABLE … SET LOGGED';
     ELSIF shape.relispartition THEN
         why := 'is a partition';
         hint := 'attach the whole table';

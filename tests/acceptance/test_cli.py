@@ -104,7 +104,7 @@ def test_load_into_a_space_that_is_there_updates_it(run, url, tmp_path):
     assert rows(url)["king"][0] == [9, 9, 9]
     assert len(rows(url)) == 5
     assert json.loads(run("spaces", "--json").stdout) == [
-        {"space": "s", "dims": 3, "metric": "cosine", "rows": 5}
+        {"space": "s", "dims": 3, "metric": "cosine", "rows": 5, "attached_to": None}
     ]
 
 
@@ -362,3 +362,44 @@ def test_the_demonstration_finds_what_is_meant(run):
     (row,) = json.loads(run("status", "--json").stdout)
     assert row["space"] == "stdlib"
     assert row["rows"] > 2000
+
+
+def test_a_table_is_attached_measured_and_detached(run, url, tmp_path):
+    random = np.random.default_rng(0)
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute("CREATE TABLE documents (id int PRIMARY KEY, lang text, embedding vector(4))")
+        for number, vector in enumerate(random.normal(size=(300, 4))):
+            db.execute(
+                "INSERT INTO documents VALUES (%s, 'en', %s)", [number, str(vector.tolist())]
+            )
+        db.execute("CREATE INDEX ON documents USING hnsw (embedding vector_cosine_ops)")
+    # The metric is that of pgvector's index.
+    assert "documents: 4 dims, cosine" in run("attach", "documents", "embedding").stdout
+    np.save(tmp_path / "queries.npy", random.normal(size=(20, 4)))
+    for options in ([], ["--queries", tmp_path / "queries.npy", "-k", "3"]):
+        ours, theirs = json.loads(
+            run("attach", "documents", "embedding", "--compare", "--json", *options).stdout
+        )
+        assert ours["way"] == "ehub, in this process"
+        assert "documents_embedding_idx, hnsw.ef_search 40" in theirs["way"]
+        for one in (ours, theirs):
+            assert one["recall"] > 0.9
+            assert one["rate"] > 0
+            assert one["memory"] > 0
+    text = run("attach", "documents", "embedding", "--compare").stdout
+    assert "nothing was dropped" in text
+    (space,) = json.loads(run("spaces", "--json").stdout)
+    assert space["attached_to"] == "documents"
+    assert space["rows"] == 300
+    answer = json.loads(run("query", "documents", "7", "-k", "2", "--json").stdout)
+    assert len(answer["neighbors"]) == 2
+    for arguments, message in (
+        (["attach", "documents", "embedding"], "attached under metric cosine already"),
+        (["attach", "documents", "embeding"], "has no column embeding (it has embedding)"),
+        (["attach", "document", "embedding"], "no table 'document'"),
+        (["attach", "documents", "embedding", "--name", "a b"], "a space's name"),
+        (["detach", "document"], "no space 'document'"),
+    ):
+        assert message in run(*arguments, code=1).stderr
+    assert "documents is detached" in run("detach", "documents").stdout
+    assert json.loads(run("spaces", "--json").stdout) == []
