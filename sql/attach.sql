@@ -424,9 +424,12 @@ CREATE OR REPLACE FUNCTION ehub.create_attached_log(
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     EXECUTE format(
-        $template$
+        $head$
             CREATE OR REPLACE FUNCTION ehub_data.%1$I() RETURNS trigger
-            LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+            LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS %L
+        $head$,
+        'log_v' || version_id, format(
+            $body$
             DECLARE
                 changed text[];
             BEGIN
@@ -478,9 +481,10 @@ BEGIN
                     PERFORM ehub.ring();
                 END IF;
                 RETURN NULL;
-            END $body$
-        $template$,
-        'log_v' || version_id, key, embedding, version_id
+            END
+            $body$,
+            'log_v' || version_id, key, embedding, version_id
+        )
     );
 END $$;
 
