@@ -435,38 +435,43 @@ BEGIN
 END $$;
 
 -- Make the function that logs changes of an attached table, for the key that it has now. It must never
--- fail: if the table has other columns by then, it logs that everything may have changed.
+-- fail: if the table has other columns by then, or of other types, it logs that everything may have
+-- changed. Nor run anything of the table's owner, who could make a cast of the key's type by then: keys
+-- become text by what puts a type out (concat), which only superusers can define.
 CREATE OR REPLACE FUNCTION ehub.create_attached_log(
     version_id bigint, key name, embedding name
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     EXECUTE format(
-        $template$
+        $head$
             CREATE OR REPLACE FUNCTION ehub_data.%1$I() RETURNS trigger
-            LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+            LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS %L
+        $head$,
+        'log_v' || version_id, format(
+            $body$
             DECLARE
                 changed text[];
             BEGIN
                 BEGIN
                     IF TG_LEVEL = 'ROW' THEN
                         IF TG_OP <> 'INSERT' THEN
-                            changed := ARRAY[OLD.%2$I::text];
+                            changed := ARRAY[concat(OLD.%2$I)];
                         END IF;
                         IF TG_OP <> 'DELETE' THEN
-                            changed := changed || NEW.%2$I::text;
+                            changed := changed || concat(NEW.%2$I);
                         END IF;
                     ELSIF TG_OP = 'INSERT' THEN
+                        PERFORM n.%2$I, n.%3$I FROM new_rows AS n LIMIT 0;
                         changed := '{}';
-                        PERFORM %2$I, %3$I FROM new_rows LIMIT 0;
                     ELSIF TG_OP = 'DELETE' THEN
+                        PERFORM o.%2$I, o.%3$I FROM old_rows AS o LIMIT 0;
                         changed := '{}';
-                        PERFORM %2$I, %3$I FROM old_rows LIMIT 0;
                     ELSIF TG_OP = 'UPDATE' THEN
+                        PERFORM n.%2$I, n.%3$I FROM new_rows AS n LIMIT 0;
                         changed := '{}';
-                        PERFORM %2$I, %3$I FROM new_rows LIMIT 0;
                     END IF;
-                EXCEPTION WHEN undefined_column THEN
+                EXCEPTION WHEN OTHERS THEN
                     changed := NULL;
                 END;
                 IF changed IS NULL OR changed <> '{}' THEN
@@ -474,21 +479,21 @@ BEGIN
                 ELSIF TG_OP = 'INSERT' THEN
                     INSERT INTO ehub.change (version_id, keys)
                     SELECT %4$s, array_agg(key) FROM (
-                        SELECT %2$I::text AS key, row_number() OVER () / 10000 AS part
-                        FROM new_rows WHERE %3$I IS NOT NULL
+                        SELECT concat(n.%2$I) AS key, row_number() OVER () / 10000 AS part
+                        FROM new_rows AS n WHERE n.%3$I IS NOT NULL
                     ) AS rows GROUP BY part;
                 ELSIF TG_OP = 'DELETE' THEN
                     INSERT INTO ehub.change (version_id, keys)
                     SELECT %4$s, array_agg(key) FROM (
-                        SELECT %2$I::text AS key, row_number() OVER () / 10000 AS part
-                        FROM old_rows WHERE %3$I IS NOT NULL
+                        SELECT concat(o.%2$I) AS key, row_number() OVER () / 10000 AS part
+                        FROM old_rows AS o WHERE o.%3$I IS NOT NULL
                     ) AS rows GROUP BY part;
                 ELSE
                     INSERT INTO ehub.change (version_id, keys)
                     SELECT %4$s, array_agg(key) FROM (
                         SELECT key, row_number() OVER () / 10000 AS part FROM (
-                            SELECT %2$I::text AS key FROM new_rows
-                            UNION SELECT %2$I::text FROM old_rows
+                            SELECT concat(n.%2$I) AS key FROM new_rows AS n
+                            UNION SELECT concat(o.%2$I) FROM old_rows AS o
                         ) AS changed
                     ) AS rows GROUP BY part;
                 END IF;
@@ -496,9 +501,10 @@ BEGIN
                     PERFORM ehub.ring();
                 END IF;
                 RETURN NULL;
-            END $body$
-        $template$,
-        'log_v' || version_id, key, embedding, version_id
+            END
+            $body$,
+            'log_v' || version_id, key, embedding, version_id
+        )
     );
 END $$;
 

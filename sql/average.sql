@@ -404,9 +404,12 @@ CREATE OR REPLACE FUNCTION ehub.create_follower(
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     EXECUTE format(
-        $template$
+        $head$
             CREATE OR REPLACE FUNCTION ehub_data.%1$I() RETURNS trigger
-            LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+            LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS %L
+        $head$,
+        'follow_v' || version_id, format(
+            $body$
             #variable_conflict use_column
             DECLARE
                 touched text[];
@@ -436,11 +439,12 @@ BEGIN
                     %5$s;
                 END IF;
                 RETURN NULL;
-            END $body$
-        $template$,
-        'follow_v' || version_id, ehub.average_key('by', kept."by"), 'v' || version_id,
-        'a' || version_id,
-        ehub.averages_statement(kept, source, version_id, everything => false)
+            END
+            $body$,
+            'follow_v' || version_id, ehub.average_key('by', kept."by"), 'v' || version_id,
+            'a' || version_id,
+            ehub.averages_statement(kept, source, version_id, everything => false)
+        )
     );
     EXECUTE format('REVOKE ALL ON FUNCTION ehub_data.%I FROM PUBLIC', 'follow_v' || version_id);
 END $$;

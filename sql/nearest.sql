@@ -173,33 +173,40 @@ DECLARE
     rows text := ehub.rows_of(target);
 BEGIN
     EXECUTE format(
-        $template$
+        $head$
             CREATE OR REPLACE FUNCTION ehub_data.%1$I(
                 query @vector@.vector, candidates text[], watermark pg_snapshot, asked int,
                 needed int, k int, leave_out text[]
             ) RETURNS TABLE (key text, distance float8, metadata jsonb)
-            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $body$
+            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS %L
+        $head$,
+        'check_v' || version_id, format(
+            $body$
             BEGIN
                 RETURN QUERY
                 SELECT t.key, 0.0 + (t.embedding %3$s $1), t.metadata
                 FROM %2$s AS t
                 WHERE %4$s AND ($7 IS NULL OR t.key <> ALL ($7))
                 ORDER BY 2, 1 LIMIT $6;
-            END $body$
-        $template$,
-        'check_v' || version_id, rows, ehub.distance_operator(metric), ehub.has_keys(target, format(
-            '(SELECT ehub.deciding_keys(%s, $3, $2, $4, $5))::text[]', version_id
-        ))
+            END
+            $body$,
+            'check_v' || version_id, rows, ehub.distance_operator(metric), ehub.has_keys(target, format(
+                '(SELECT ehub.deciding_keys(%s, $3, $2, $4, $5))::text[]', version_id
+            ))
+        )
     );
     -- The same among rows that match. Where the candidates need not, all is known as far out as the
     -- farthest of them lies that matches and has not changed; an answer that goes farther is none.
     EXECUTE format(
-        $template$
+        $head$
             CREATE OR REPLACE FUNCTION ehub_data.%1$I(
                 query @vector@.vector, candidates text[], watermark pg_snapshot, asked int,
                 needed int, k int, leave_out text[], path jsonpath, partition text, matching boolean
             ) RETURNS TABLE (key text, distance float8, metadata jsonb)
-            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $body$
+            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS %L
+        $head$,
+        'check_matching_v' || version_id, format(
+            $body$
             BEGIN
                 RETURN QUERY
                 WITH deciding AS MATERIALIZED (
@@ -223,19 +230,23 @@ BEGIN
                     )
                 )
                 ORDER BY 2, 1 LIMIT $6;
-            END $body$
-        $template$,
-        'check_matching_v' || version_id, rows, ehub.distance_operator(metric),
-        version_id, coalesce(partition_by, ''),
-        ehub.has_keys(target, '(SELECT d.keys FROM deciding AS d)::text[]')
+            END
+            $body$,
+            'check_matching_v' || version_id, rows, ehub.distance_operator(metric),
+            version_id, coalesce(partition_by, ''),
+            ehub.has_keys(target, '(SELECT d.keys FROM deciding AS d)::text[]')
+        )
     );
     EXECUTE format(
-        $template$
+        $head$
             CREATE OR REPLACE FUNCTION ehub_data.%1$I(
                 queries @vector@.vector[], candidates text[], owners int[], watermark pg_snapshot,
                 asked int, k int, path jsonpath, partition text
             ) RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
-            LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS $body$
+            LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS %L
+        $head$,
+        'check_many_v' || version_id, format(
+            $body$
             BEGIN
                 RETURN QUERY
                 WITH delta AS MATERIALIZED (
@@ -271,13 +282,14 @@ BEGIN
                 )
                 SELECT r.owner, r.key, r.distance, r.metadata FROM ranked AS r
                 WHERE r.place <= $6 ORDER BY r.owner, r.place;
-            END $body$
-        $template$,
-        'check_many_v' || version_id, rows, ehub.distance_operator(metric),
-        version_id, coalesce(partition_by, ''),
-        CASE WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_keys(
-            target, '(SELECT array_agg(DISTINCT o.key) FROM pairs AS o)'
-        ) END
+            END
+            $body$,
+            'check_many_v' || version_id, rows, ehub.distance_operator(metric),
+            version_id, coalesce(partition_by, ''),
+            CASE WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_keys(
+                target, '(SELECT array_agg(DISTINCT o.key) FROM pairs AS o)'
+            ) END
+        )
     );
 END $$;
 
