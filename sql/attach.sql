@@ -138,6 +138,24 @@ BEGIN
     );
 END $$;
 
+-- A statement that says whether a table's name is still its, and its columns are of the types that they
+-- are of in this snapshot. Whoever reads a table of somebody else's with rights of its own locks it and
+-- asks this first: for a view in its place, or an implicit cast of a type that a column was given, would
+-- run with these rights. It looks at types alone, as they are at the moment.
+CREATE OR REPLACE FUNCTION ehub.attached_guard(relation regclass) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on AS $$
+BEGIN
+    RETURN (
+        SELECT format(
+            'SELECT to_regclass(%L) = %s::oid AND ARRAY[%s] = %L::oid[]', $1::text, $1::oid,
+            string_agg(format('pg_typeof((NULL::%s).%I)::oid', $1, a.attname), ', ' ORDER BY a.attnum),
+            array_agg(a.atttypid ORDER BY a.attnum)
+        )
+        FROM pg_attribute AS a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
+    );
+END $$;
+
 -- Keys of rows as bigints; what is no such key is left out.
 CREATE OR REPLACE FUNCTION ehub.bigint_keys(keys text[]) RETURNS bigint[]
 LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$

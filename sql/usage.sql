@@ -7,7 +7,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT ARRAY[
         -- Rows, under the caller's own rights.
         'add_attached_triggers', 'add_statement_triggers', 'address', 'as_metadata',
-        'attach', 'attached_column', 'attached_condition', 'attached_fields',
+        'attach', 'attached_column', 'attached_condition', 'attached_fields', 'attached_guard',
         'attached_key', 'attached_problem', 'attached_rows', 'attached_shape',
         'attached_token', 'average', 'average_steps', 'average_value', 'average_weight',
         'averages', 'averages_query', 'bigint_keys', 'candidates_needed', 'choice',

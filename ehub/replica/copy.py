@@ -20,7 +20,7 @@ import psycopg
 from psycopg import errors as pg
 
 from ehub.database import Connection, Database, repeatable_read
-from ehub.errors import EhubError, IndexFileError
+from ehub.errors import AttachedError, EhubError, IndexFileError
 from ehub.index import (
     AnyIndex,
     HnswIndex,
@@ -336,14 +336,12 @@ class Copy:
         of a table that is somebody else's.
         """
         known = (pg.LockNotAvailable, pg.InsufficientPrivilege, pg.UndefinedTable)
-        if (
-            isinstance(error, psycopg.Error)
-            and self.entry.attached
-            and not isinstance(error, known)
-        ):
+        if isinstance(error, known):
+            return True
+        if self.entry.attached and isinstance(error, psycopg.Error | AttachedError):
             self._set_aside(str(error))
             return True
-        return isinstance(error, known)
+        return False
 
     def _set_aside(self, problem: str) -> None:
         """Answer nothing while the table cannot be followed; afterwards all is compared."""

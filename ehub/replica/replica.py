@@ -120,6 +120,7 @@ class Replica:
         self._begin_anew = False
         # Before anything else where processes do not live long.
         self._trimmed_at = time.monotonic() - _TRIM_SECONDS
+        self._tended_at = float("-inf")
         self._thread: threading.Thread | None = None
 
     # --- for searches
@@ -348,7 +349,7 @@ class Replica:
                 while self._gone:
                     self._gone[-1].forget(worker)
                     self._gone.pop()
-                self._trim(worker)
+                self._tend(worker)
                 if failures:
                     _log.warning("the index follows the database again")
                     failures = 0
@@ -493,14 +494,25 @@ class Replica:
             gone.drop(delete=True)
             self._gone.append(gone)
 
-    def _trim(self, worker: Connection) -> None:
-        if time.monotonic() - self._trimmed_at > _TRIM_SECONDS:
-            self._trimmed_at = time.monotonic()
+    def _tend(self, worker: Connection) -> None:
+        """Do for the database what has to be done from time to time, as far as one may."""
+        now = time.monotonic()
+        if now - self._trimmed_at > _TRIM_SECONDS:
+            self._trimmed_at = now
             worker.execute("SELECT ehub.trim()")
             if self._everything:
                 worker.execute("SELECT ehub.tend()")
-        elif self._everything and any(copy.entry.outdated for copy in self._copies.values()):
-            worker.execute("SELECT ehub.tend_attached()")
+        entries = [copy.entry for copy in self._copies.values()]
+        if now - self._tended_at > _POLL_SECONDS and any(
+            entry.outdated or entry.problem for entry in entries
+        ):
+            # Somebody has altered an attached table.
+            self._tended_at = now
+            may = worker.execute(
+                "SELECT has_function_privilege('ehub.tend_attached()', 'EXECUTE')"
+            ).fetchone()
+            if may == (True,):
+                worker.execute("SELECT ehub.tend_attached()")
 
 
 def _space(address: str) -> str:
