@@ -917,20 +917,23 @@ BEGIN
         PERFORM FROM ehub.space AS s JOIN ehub.version AS v ON v.space_id = s.id
         WHERE v.id = a.version_id FOR NO KEY UPDATE OF s SKIP LOCKED;
         CONTINUE WHEN NOT FOUND;
-        IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = a.relation) THEN
-            PERFORM ehub.forget_attached(ehub.owner(), a);
-        ELSIF a.shape <> ehub.attached_shape(a.relation) THEN
-            PERFORM ehub.fit_attached(a.version_id);
-        ELSIF ehub.unlogged(a.version_id, a.relation) AND (
-            SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = a.relation
-        ) THEN
-            BEGIN
+        BEGIN
+            IF NOT EXISTS (SELECT FROM pg_class AS c WHERE c.oid = a.relation) THEN
+                PERFORM ehub.forget_attached(ehub.owner(), a);
+            ELSIF a.shape <> ehub.attached_shape(a.relation) THEN
+                PERFORM ehub.fit_attached(a.version_id);
+            ELSIF ehub.unlogged(a.version_id, a.relation) AND (
+                SELECT pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = a.relation
+            ) THEN
                 PERFORM ehub.drop_attached_triggers(a.version_id, a.relation, '0');
                 PERFORM ehub.add_attached_triggers(a.version_id, a.relation);
-            EXCEPTION WHEN SQLSTATE 'EH018' THEN
-                NULL;
-            END;
-        END IF;
+            END IF;
+        EXCEPTION WHEN OTHERS THEN
+            -- The others are looked after all the same.
+            IF SQLSTATE <> 'EH018' THEN
+                RAISE LOG 'ehub: % cannot be looked after: %', a.relation, SQLERRM;
+            END IF;
+        END;
     END LOOP;
 END $$;
 
