@@ -9,6 +9,9 @@
 ['orange', 'potato']
 """
 
+import importlib
+import typing
+
 from ehub.access import AuditEntry, Finding, Grant, Privilege, Right, Role
 from ehub.average import FieldValue, KeptAverage
 from ehub.checkpoint import Checkpoint, CheckpointInfo
@@ -63,6 +66,9 @@ from ehub.search import Way
 from ehub.snapshot import Refreshed, Snapshot, Written
 from ehub.space import Promotion, Space, Switched, Version
 from ehub.types import Metric, Neighbor
+
+if typing.TYPE_CHECKING:
+    from ehub import alembic, models
 
 __all__ = [
     "AccessDeniedError",
@@ -134,5 +140,14 @@ __all__ = [
     "WaitTimeoutError",
     "Way",
     "Written",
+    "alembic",
     "connect",
+    "models",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # SQLAlchemy takes its time to import, and most who connect do without.
+    if name in ("alembic", "models"):
+        return importlib.import_module(f"ehub.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -72,6 +72,32 @@ class RegClass(UserDefinedType[str]):
         return "regclass"
 
 
+class VectorType(UserDefinedType[Any]):
+    """pgvector's ``vector``, as its text: for those who have pgvector's own package or not."""
+
+    cache_ok = True
+
+    def __init__(self, dim: int | None = None) -> None:
+        self.dim = dim
+
+    def get_col_spec(self, **_: object) -> str:
+        """Name the type for DDL."""
+        return "VECTOR" if self.dim is None else f"VECTOR({self.dim})"
+
+
+class HalfvecType(UserDefinedType[Any]):
+    """pgvector's ``halfvec``, as its text."""
+
+    cache_ok = True
+
+    def __init__(self, dim: int | None = None) -> None:
+        self.dim = dim
+
+    def get_col_spec(self, **_: object) -> str:
+        """Name the type for DDL."""
+        return "HALFVEC" if self.dim is None else f"HALFVEC({self.dim})"
+
+
 class Base(DeclarativeBase):
     """The base of all models of schema ``ehub``."""
 
