@@ -68,7 +68,7 @@ from ehub.space import Promotion, Space, Switched, Version
 from ehub.types import Metric, Neighbor
 
 if typing.TYPE_CHECKING:
-    from ehub import alembic, models
+    from ehub import alembic, models, orm
 
 __all__ = [
     "AccessDeniedError",
@@ -143,11 +143,12 @@ __all__ = [
     "alembic",
     "connect",
     "models",
+    "orm",
 ]
 
 
 def __getattr__(name: str) -> object:
     # SQLAlchemy takes its time to import, and most who connect do without.
-    if name in ("alembic", "models"):
+    if name in ("alembic", "models", "orm"):
         return importlib.import_module(f"ehub.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

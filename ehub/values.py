@@ -228,6 +228,22 @@ def as_vector(value: object, dims: int, metric: Metric, name: str) -> Vector:
     return vector
 
 
+def as_vector_text(value: object, name: str) -> str:
+    """Return a vector as pgvector writes it; its dims and metric are not known here.
+
+    Raises:
+        InvalidVectorError: not one row of numbers, or NaN or infinity among them.
+    """
+    # pgvector's own values.
+    to_numpy = getattr(value, "to_numpy", None)
+    vector = _as_float32(value if to_numpy is None else to_numpy(), name)
+    if vector.ndim != 1 or not len(vector):
+        raise InvalidVectorError(f"{name}: one vector is needed, not the shape {vector.shape}")
+    if not np.isfinite(vector).all():
+        raise InvalidVectorError(f"{name}: {_reason(vector, 'l2')}")
+    return "[" + ",".join(map(repr, vector.tolist())) + "]"
+
+
 def as_matrix(values: object, dims: int, metric: Metric, names: Sequence[str] | str) -> Matrix:
     """Return ``values`` as a contiguous float32 array of shape ``(n, dims)``.
 
