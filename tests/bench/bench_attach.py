@@ -21,8 +21,13 @@ from typing import Any
 import numpy as np
 import psycopg
 from bench import K, report
-from bench_sql import EHUB, connect, fresh_database, held_out, run_ehub
+from bench_sql import EHUB, connect, fresh_database, held_out
+from pgvector.sqlalchemy import VECTOR
+from sqlalchemy import BigInteger, create_engine, event, select, text
+from sqlalchemy.dialects.postgresql import psycopg as psycopg_dialect
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
+import ehub
 from ehub.binary import VectorParameter
 
 QUERIES = 200
@@ -174,8 +179,118 @@ def wait_until_indexed(db: psycopg.Connection) -> None:
         time.sleep(0.1)
 
 
+class Base(DeclarativeBase):
+    pass
+
+
+class Document(Base):
+    __tablename__ = "documents"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    word: Mapped[str]
+    letters: Mapped[int]
+    embedding = mapped_column(VECTOR())
+
+
 def rates(db: psycopg.Connection, url: str, queries: np.ndarray, repeats: int) -> None:
-    return
+    """One statement: the raw function, what the ORM makes of it, the ORM, and pgvector."""
+    db.execute("SET ehub.mode = 'index'; SET enable_seqscan = off; SET jit = off")
+    engine = create_engine("postgresql+psycopg://", creator=lambda: connect(url))
+    sent: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *given: sent.append(given[2]))
+    with Session(engine, autoflush=False) as session:
+        session.execute(text("SET ehub.mode = 'index'"))
+
+        def statement(query: np.ndarray, *what: Any) -> Any:
+            nearest = ehub.orm.nearest(Document.embedding, query, k=K)
+            return select(*what, nearest.distance).join(nearest).order_by(nearest.distance)
+
+        def orm(query: np.ndarray) -> Any:
+            return session.execute(statement(query, Document.id)).all()
+
+        def entities(query: np.ndarray) -> Any:
+            session.expunge_all()
+            return session.execute(statement(query, Document)).all()
+
+        sent.clear()
+        orm(queries[0])
+        report("statements of one ORM search", len(sent))
+        plan = session.execute(text(f"EXPLAIN {literal(statement(queries[0], Document.id))}"))
+        lines = [line for (line,) in plan]
+        report("  sequential scans in its plan", sum("Seq Scan" in line for line in lines))
+        for line in lines:
+            print(f"    {line}")
+        written = statement(queries[0], Document.id).compile(dialect=psycopg_dialect.dialect())
+        (query_name,) = [k for k, v in written.params.items() if str(v).startswith("[")]
+
+        def as_written(query: np.ndarray) -> Any:
+            vector = "[" + ",".join(map(str, query)) + "]"
+            return db.execute(str(written), {**written.params, query_name: vector}).fetchall()
+
+        ways: dict[str, Callable[[np.ndarray], Any]] = {
+            "the function": lambda q: db.execute(NEAREST, [VectorParameter(q)]).fetchall(),
+            "the ORM's statement, as text": as_written,
+            "the ORM, keys": orm,
+            "the ORM, entities": entities,
+        }
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats):
+            for name, ask in ways.items():
+                started = time.perf_counter()
+                for query in queries:
+                    ask(query)
+                found[name].append(len(queries) / (time.perf_counter() - started))
+        medians = {name: statistics.median(some) for name, some in found.items()}
+        for name, rate in medians.items():
+            report(name, f"{rate:,.0f}/s: ratio {rate / medians['the function']:.2f}")
+    own_searches(db, queries, repeats)
+
+
+def literal(statement: Any) -> str:
+    return str(
+        statement.compile(dialect=psycopg_dialect.dialect(), compile_kwargs={"literal_binds": True})
+    )
+
+
+def own_searches(db: psycopg.Connection, queries: np.ndarray, repeats: int) -> None:
+    """pgvector's index at the recall of ehub's, and both rates."""
+    vectors = [VectorParameter(query) for query in queries]
+    true = [
+        {
+            int(k)
+            for (k,) in db.execute("SELECT key FROM ehub.nearest_exact('documents', %s, 10)", [q])
+        }
+        for q in vectors
+    ]
+
+    def recall(ask: Callable[[VectorParameter], Any]) -> float:
+        return statistics.mean(
+            len(a & {int(row[0]) for row in ask(q)}) / K for a, q in zip(true, vectors, strict=True)
+        )
+
+    def ehub_(query: VectorParameter) -> Any:
+        return db.execute(NEAREST, [query]).fetchall()
+
+    def pgvector(query: VectorParameter) -> Any:
+        return db.execute(PGVECTOR, {"q": query}).fetchall()
+
+    ours = recall(ehub_)
+    ef = 40
+    db.execute(f"SET hnsw.ef_search = {ef}")
+    while (theirs := recall(pgvector)) < ours and ef < 1000:
+        ef = min(ef + 20, 1000)
+        db.execute(f"SET hnsw.ef_search = {ef}")
+    report("recall, and pgvector's", f"{ours:.3f}, {theirs:.3f} at ef_search {ef}")
+    found: dict[str, list[float]] = {"ehub": [], "pgvector": []}
+    for _ in range(repeats):
+        for name, ask in (("ehub", ehub_), ("pgvector", pgvector)):
+            started = time.perf_counter()
+            for vector in vectors:
+                ask(vector)
+            found[name].append(len(vectors) / (time.perf_counter() - started))
+    ehubs, pgvectors = (statistics.median(some) for some in found.values())
+    report("searches a second, ehub, pgvector", f"{ehubs:,.0f}, {pgvectors:,.0f}")
+    report("  ratio", f"{ehubs / pgvectors:.2f}")
 
 
 if __name__ == "__main__":
