@@ -2,7 +2,7 @@
 
 A condition in SQL is true, false or unknown, a filter is never unknown. So each part becomes two
 filters: of the rows for which it is true, and of those for which it is false; what is in neither is
-unknown, as NULL is in SQL.
+unknown, as NULL is in SQL. The types of columns are believed as the model has them.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _binary(where: BinaryExpression[Any], operator: Any, table: Table) -> _Pair:
     if operator is operators.in_op:
         if not isinstance(right, BindParameter) or not right.expanding:
             raise _UnsureError
-        return _one_of(field, [_plain(kind, value) for value in _constant(right)])
+        return _one_of(field, [_plain(kind, right.type, value) for value in _constant(right)])
     if operator is operators.between_op:
         if (where.modifiers or {}).get("symmetric"):
             raise _UnsureError
@@ -234,25 +234,23 @@ def _value(kind: Any, right: ClauseElement) -> object:
         return isinstance(right, True_)
     if not isinstance(right, BindParameter) or right.expanding:
         raise _UnsureError
-    return _plain(kind, _constant(right))
+    return _plain(kind, right.type, _constant(right))
 
 
 def _constant(parameter: BindParameter[Any]) -> Any:
     """Return a value that no execution changes."""
-    sent_as = type(parameter.type)
-    if (
-        not parameter.unique
-        or parameter.required
-        or parameter.callable is not None
-        or sent_as
-        not in {*_INTEGERS, *_FLOATS, *_NUMERICS, *_BOOLEANS, *_STRINGS, *_UUIDS, *_ENUMS}
-    ):
+    if not parameter.unique or parameter.required or parameter.callable is not None:
         raise _UnsureError
     return parameter.value
 
 
-def _plain(kind: Any, value: Any) -> object:
-    """Return a value as JSON has it in a column of a type."""
+def _plain(kind: Any, sent_as: Any, value: Any) -> object:
+    """Return a value as JSON has it in a column of a type, if it is the same as it is sent."""
+    _as_type(sent_as, value)
+    return _as_type(kind, value)
+
+
+def _as_type(kind: Any, value: Any) -> object:
     what = type(kind)
     if what in _INTEGERS and type(value) is int and -_INTEGERS[what] <= value < _INTEGERS[what]:
         return value
@@ -263,13 +261,13 @@ def _plain(kind: Any, value: Any) -> object:
         if type(value) is float and math.isfinite(value):
             return value
     if what in _NUMERICS:
-        if type(value) is int or (type(value) is Decimal and value.is_finite()):
+        if type(value) in (int, Decimal) and _fits(Decimal(value), kind):
             return value
-        # A float is cut to as many digits as it has for sure.
-        if type(value) is float and math.isfinite(value) and (kind.precision or 99) <= 15:
-            digits = len(Decimal(repr(value)).as_tuple().digits)
-            if digits <= 15:
-                return Decimal(repr(value))
+        # A float is compared as one, which is the same up to so many digits.
+        if type(value) is float and (kind.precision or 99) <= 15:
+            exact = Decimal(repr(value))
+            if _fits(exact, kind) and len(exact.as_tuple().digits) <= 15:
+                return exact
     if what in _BOOLEANS and type(value) is bool:
         return value
     if what in _STRINGS and kind.collation is None and type(value) is str and _is_text(value):
@@ -282,6 +280,18 @@ def _plain(kind: Any, value: Any) -> object:
         if type(label) is str and _is_text(label):
             return label
     raise _UnsureError
+
+
+def _fits(value: Decimal, kind: Any) -> bool:
+    """Whether a value is sent with all of its digits."""
+    if not value.is_finite():
+        return False
+    _, digits, exponent = value.as_tuple()
+    decimals = max(-int(exponent), 0)
+    whole = len(digits) + int(exponent)
+    return (kind.scale is None or decimals <= kind.scale) and (
+        kind.precision is None or whole <= kind.precision - (kind.scale or 0)
+    )
 
 
 def _is_text(value: str) -> bool:

@@ -56,6 +56,7 @@ from sqlalchemy.orm import (
     Mapped,
     Session,
     aliased,
+    joinedload,
     mapped_column,
     relationship,
 )
@@ -700,7 +701,7 @@ def simple():
             Document.lang.like("e%"),
             func.length(Document.lang) == 2,
             Document.author.has(name="a"),
-            Document.year + 1 == 2,
+            Document.small + 1 == 6,
             Document.year == Document.small,
             Document.lang.collate("C") > "e",
             Document.author_id.in_(select(Author.id).where(Author.name > "a")),
@@ -724,7 +725,7 @@ def conditions():
     )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(where=conditions(), k=st.sampled_from([1, 5, 300]))
 def test_a_condition_means_what_it_means_in_sql(session, where, k):
     nearest = ehub.orm.nearest(Document.embedding, QUERY, k, where=where)
@@ -757,6 +758,10 @@ def test_what_the_index_knows_of_conditions():
         (Document.kind == Kind.BOOK, '{"kind": "BOOK"}'),
         (Document.tag == TAGS[0], f'{{"tag": "{TAGS[0]}"}}'),
         (Document.cost >= Decimal("1.50"), None),
+        (Document.price < 20, '{"or": [{"price": {"<": 20}}, {"price": {"in": ["-Infinity"]}}]}'),
+        (Document.price == 19.99, '{"price": 19.99}'),
+        (Document.cost.in_([1.5, 0.25]), '{"cost": {"in": [1.5, 0.25]}}'),
+        (Document.cost == Decimal("1e3"), '{"cost": 1000}'),
         (Document.odd == "x", '{"\\\\or": "x"}'),
         (Document.dotted == 1, '{"a\\\\.b\\\\\\\\c %": 1}'),
     ):
@@ -775,6 +780,12 @@ def test_what_the_index_knows_of_conditions():
         Document.year < 1.5,
         Document.year == 2**40,
         Document.year == Document.small,
+        # All are sent as the first.
+        Document.cost.in_([0, Decimal("1.5")]),
+        Document.price.in_([0, 1.5]),
+        Document.cost == Decimal("0.105"),
+        Document.cost == Decimal("1e9"),
+        Document.cost == 1e-7,
         Document.lang == "a\0",
         Document.lang.in_([f"{n:0100}" for n in range(1000)]),
     ):
@@ -811,6 +822,67 @@ def test_a_condition_on_an_alias(session):
             select(alias.id, nearest.distance).join(nearest).order_by(nearest.distance)
         ).all()
         same(rows, expected(session, where=Document.lang.like("e%n")))
+
+
+def test_general_conditions_go_where_simple_ones_go(session):
+    first, second = Document.lang.like("e%"), Document.small + 1 > 1
+    one = ehub.orm.nearest(Document.embedding, QUERY, 50, where=first)
+    two = ehub.orm.nearest(Document.embedding, QUERY, 60, where=second)
+    ones = {row.id for row in expected(session, 50, first)}
+    twos = {row.id for row in expected(session, 60, second)}
+    here, there = select(one).cte("here"), select(two).cte("there")
+    for statement, ids in (
+        (select(Document.id).join(here).join(there, there.c.id == Document.id), ones & twos),
+        (select(Document.id).join(one).join(two, two.id == Document.id), ones & twos),
+        (select(one.id).union(select(two.id)), ones | twos),
+        (
+            select(Document.id).where(
+                exists().where(one.id == Document.id), Document.id.not_in(select(two.id))
+            ),
+            ones - twos,
+        ),
+    ):
+        assert set(session.scalars(statement)) == ids != set()
+    # A limit with loaded relationships wraps the statement.
+    statement = select(Document, one.distance).join(one).order_by(one.distance).limit(3)
+    rows = session.execute(statement.options(joinedload(Document.author))).all()
+    same([(row[0].id, row[1]) for row in rows], expected(session, 3, first))
+
+
+def test_who_may_read_the_table_finds_its_rows(session, db):
+    session.rollback()
+    db.execute("CREATE ROLE orm_reader; GRANT SELECT ON documents TO orm_reader")
+    try:
+        session.execute(text("SET ROLE orm_reader"))
+        for where in (true(), Document.lang == "en", Document.lang.like("e%")):
+            nearest = ehub.orm.nearest(Document.embedding, QUERY, 10, where=where)
+            same(found(session, nearest), expected(session, where=where))
+        session.close()
+    finally:
+        db.execute("DROP OWNED BY orm_reader; DROP ROLE orm_reader")
+
+
+def test_vectors_of_other_dims_are_no_neighbours(engine):
+    items = Table(
+        *("items", MetaData()),
+        Column("id", Integer, primary_key=True),
+        Column("label", String),
+        Column("embedding", VECTOR()),
+    )
+    with engine.begin() as connection:
+        items.create(connection)
+        rows = [{"id": n, "label": "x", "embedding": v} for n, v in enumerate(vectors(50))]
+        connection.execute(items.insert(), [*rows, {"id": 50, "label": "x", "embedding": [1, 2]}])
+    attach(engine, "items", "embedding", dims=DIMS)
+    with engine.begin() as connection:
+        for where, n in (
+            (None, 50),
+            (items.c.label == "x", 50),
+            (items.c.label.like("x"), 50),
+            (func.abs(items.c.id) > 47, 2),
+        ):
+            nearest = ehub.orm.nearest(items.c.embedding, QUERY, 60, where=where)
+            assert len(connection.execute(select(nearest)).all()) == n
 
 
 def test_all_rows_are_compared_only_where_too_few_of_the_nearest_match(session):
