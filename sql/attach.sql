@@ -939,17 +939,21 @@ END $$;
 
 -- The attached spaces of those who may read or write the table; and why no index follows it, if so.
 CREATE OR REPLACE VIEW ehub.attached WITH (security_barrier) AS
-SELECT s.name AS space, a.relation, coalesce(c.name, a.column_name::name) AS "column", v.metric, v.dims,
+SELECT s.name AS space, a.relation,
+    coalesce(
+        (SELECT c.name FROM ehub.attached_column(a.relation, a.column_name, a.column_number) AS c),
+        a.column_name::name
+    ) AS "column",
+    v.metric, v.dims,
     ehub.attached_problem(
         v.id, a.relation, a.column_name, a.column_number, v.dims, ehub.owner()
     ) AS problem,
-    v.id AS version_id
+    v.id AS version_id,
+    a.column_name AS known_as
 FROM ehub.attachment AS a
 JOIN ehub.version AS v ON v.id = a.version_id
 JOIN ehub.space AS s ON s.id = v.space_id
-LEFT JOIN LATERAL ehub.attached_column(a.relation, a.column_name, a.column_number) AS c ON true
-WHERE has_table_privilege(a.relation, 'SELECT, INSERT, UPDATE, DELETE')
-ORDER BY s.name;
+WHERE has_table_privilege(a.relation, 'SELECT, INSERT, UPDATE, DELETE');
 
 -- The space that a column of a table is attached as; the metric says which, where there are several.
 CREATE OR REPLACE FUNCTION ehub.space_of(relation regclass, "column" name, metric text DEFAULT NULL)
@@ -958,9 +962,16 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     found text[] := ARRAY(
         SELECT a.space FROM ehub.attached AS a
-        WHERE a.relation = $1 AND a."column" = $2 AND a.metric = coalesce($3, a.metric)
+        WHERE a.relation = $1 AND a.known_as = $2 AND a.metric = coalesce($3, a.metric)
     );
 BEGIN
+    IF found = '{}' THEN
+        -- One that was renamed.
+        found := ARRAY(
+            SELECT a.space FROM ehub.attached AS a
+            WHERE a.relation = $1 AND a."column" = $2 AND a.metric = coalesce($3, a.metric)
+        );
+    END IF;
     IF cardinality(found) = 1 THEN
         RETURN found[1];
     ELSIF cardinality(found) > 1 THEN
