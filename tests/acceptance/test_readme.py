@@ -33,7 +33,7 @@ def roles(db):
 def test_access(roles, url, db, tmp_path, monkeypatch):
     monkeypatch.setenv("EHUB_DATABASE_URL", url)
     monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
-    exec(compile(blocks("python")[3], "README.md", "exec"), {})
+    exec(compile(blocks("python")[4], "README.md", "exec"), {})
     answers = [db.execute(one).fetchall() for one in blocks("sql")[2].split(";\n") if one.strip()]
     assert answers[3] == [
         ("articles", "analyst", "read", None),
@@ -51,7 +51,7 @@ def test_python(url, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("EHUB_DATABASE_URL", url)
     monkeypatch.setenv("EHUB_DATA_DIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    first, day, among, _access = blocks("python")
+    first, day, among, orm, _access = blocks("python")
     exec(compile(first, "README.md", "exec"), {})
     assert "apple [1. 0. 0.]" in capsys.readouterr().out
     names = {}
@@ -61,6 +61,8 @@ def test_python(url, tmp_path, monkeypatch, capsys):
     assert ehub.Snapshot.load("words.npz").get("word7").tolist() == [1] * 8
     exec(compile(among, "README.md", "exec"), {})
     assert "True" in capsys.readouterr().out
+    exec(compile(orm, "README.md", "exec"), {"__name__": "application"})
+    assert capsys.readouterr().out == "en 1.0\n"
 
 
 def test_sql_among_which_rows(hub, db):
