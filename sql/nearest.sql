@@ -287,7 +287,7 @@ BEGIN
             'check_many_v' || version_id, rows, ehub.distance_operator(metric),
             version_id, coalesce(partition_by, ''),
             CASE WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_keys(
-                target, '(SELECT array_agg(DISTINCT o.key) FROM pairs AS o)'
+                target, '(SELECT array_agg(DISTINCT o.key) FROM pairs AS o)::text[]'
             ) END
         )
     );
