@@ -715,8 +715,11 @@ BEGIN
     INSERT INTO ehub.index (version_id, m, ef_construction, target_recall)
     VALUES (version_id, $6, $7, $8);
     UPDATE ehub.space SET current_version_id = version_id WHERE id = made;
+    -- Whichever space of a table is detached last takes back what was given for the first.
     INSERT INTO ehub.attachment (version_id, relation, column_name, column_number, shape, granted)
-    VALUES (version_id, $1, $2, col.number, '', $9);
+    VALUES (version_id, $1, $2, col.number, '', $9 OR EXISTS (
+        SELECT FROM ehub.attachment AS a WHERE a.relation = $1 AND a.granted
+    ));
     PERFORM ehub.fit_attached(version_id);
     EXECUTE format('REVOKE ALL ON FUNCTION ehub_data.%I FROM PUBLIC', 'log_v' || version_id);
     EXECUTE format(
