@@ -278,7 +278,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- What a table is called and has, as the functions that were made for it know it.
+-- What a table is called and has, and whose it is, as the functions that were made for it know it.
 CREATE OR REPLACE FUNCTION ehub.attached_shape(relation regclass) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -292,7 +292,8 @@ BEGIN
                 FROM pg_attribute AS a
                 WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
             ),
-            (SELECT i.indkey::text FROM pg_index AS i WHERE i.indrelid = $1 AND i.indisprimary)
+            (SELECT i.indkey::text FROM pg_index AS i WHERE i.indrelid = $1 AND i.indisprimary),
+            (SELECT c.relowner FROM pg_class AS c WHERE c.oid = $1)
         ))
     );
 END $$;
@@ -488,6 +489,24 @@ BEGIN
             'log_v' || version_id, key, embedding, version_id
         )
     );
+END $$;
+
+-- Let the owner of an attached table, and nobody else, make triggers that call the function.
+CREATE OR REPLACE FUNCTION ehub.give_attached_log(version_id bigint, relation regclass) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    function text := format('ehub_data.%I()', 'log_v' || version_id);
+    owner oid := (SELECT c.relowner FROM pg_class AS c WHERE c.oid = relation);
+    holder oid;
+BEGIN
+    FOR holder IN
+        SELECT a.grantee FROM pg_proc AS p,
+            aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
+        WHERE p.oid = function::regprocedure AND a.grantee NOT IN (p.proowner, owner)
+    LOOP
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM %s', function, ehub.holder(holder));
+    END LOOP;
+    EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', function, owner::regrole);
 END $$;
 
 -- Have changes of a table logged, by its owner.
@@ -721,10 +740,6 @@ BEGIN
         SELECT FROM ehub.attachment AS a WHERE a.relation = $1 AND a.granted
     ));
     PERFORM ehub.fit_attached(version_id);
-    EXECUTE format('REVOKE ALL ON FUNCTION ehub_data.%I FROM PUBLIC', 'log_v' || version_id);
-    EXECUTE format(
-        'GRANT EXECUTE ON FUNCTION ehub_data.%I TO %s', 'log_v' || version_id, shape.relowner::regrole
-    );
     PERFORM ehub.log_action(me, 'attach', $3, jsonb_build_object(
         'table', $1::text, 'column', $2, 'dims', $5, 'metric', $4
     ));
@@ -747,6 +762,7 @@ BEGIN
         AND has_table_privilege(a.relation, 'SELECT')
     THEN
         PERFORM ehub.create_attached_log($1, key.name, col.name);
+        PERFORM ehub.give_attached_log($1, a.relation);
         PERFORM ehub.create_checks(v.id, v.metric, v.partition_by)
         FROM ehub.version AS v WHERE v.id = $1;
         UPDATE ehub.attachment AS t SET column_name = col.name, column_number = col.number,
