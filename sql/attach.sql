@@ -366,6 +366,10 @@ BEGIN
         WHEN col.kind IS NULL OR coalesce(col.dims, dims) <> dims THEN format(
             'column %I of %s has no vectors of %s dims any more', col.name, relation, dims
         )
+        WHEN EXISTS (
+            SELECT FROM pg_class AS c
+            WHERE c.oid = ANY (ehub.tree_of(relation)) AND c.relpersistence = 'u'
+        ) THEN format('%s is unlogged: a crash empties it, and no log says so', relation)
         WHEN ehub.unlogged(version_id, relation) THEN format(
             'triggers of ehub are missing or switched off on %s; ehub.reattach makes them anew',
             relation
@@ -619,6 +623,11 @@ BEGIN
         hint := 'attach the table that has the rows';
     ELSIF shape.relpersistence = 't' THEN
         why := 'is temporary, and nobody else can read it';
+    ELSIF EXISTS (
+        SELECT FROM pg_class AS c WHERE c.oid = ANY (ehub.tree_of($1)) AND c.relpersistence = 'u'
+    ) THEN
+        why := 'is unlogged: a crash empties it, and no log says so';
+        hint := 'ALTER TABLE … SET LOGGED';
     ELSIF shape.relispartition THEN
         why := 'is a partition';
         hint := 'attach the whole table';
