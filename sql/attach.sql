@@ -52,13 +52,17 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     t record;
 BEGIN
-    SELECT y.typtype, y.typbasetype, y.typcategory, y.typelem,
+    SELECT y.typtype, y.typname, y.typbasetype, y.typcategory, y.typelem,
         y.oid < 16384 OR r.rolsuper AS trusted
     INTO t FROM pg_type AS y JOIN pg_roles AS r ON r.oid = y.typowner WHERE y.oid = type;
     RETURN CASE
         WHEN type IN (
             'bytea'::regtype, 'tsvector'::regtype, 'xml'::regtype, '@vector@.vector'::regtype,
             '@vector@.halfvec'::regtype, '@vector@.sparsevec'::regtype
+        ) THEN NULL
+        -- Of these it would be another text in other sessions, by IntervalStyle and the like.
+        WHEN type < 16384 AND (
+            t.typname IN ('interval', 'money', 'tstzrange', 'tstzmultirange') OR t.typname ~ '^reg'
         ) THEN NULL
         WHEN type = 'timestamptz'::regtype THEN format('(%s AT TIME ZONE ''UTC'')', col)
         WHEN t.typtype = 'd' THEN ehub.field_value(
