@@ -311,7 +311,11 @@ DECLARE
 BEGIN
     -- Not by pg_partition_tree, which waits for whoever has locked one of them.
     LOOP
-        below := ARRAY(SELECT i.inhrelid FROM pg_inherits AS i WHERE i.inhparent = ANY (below));
+        below := ARRAY(
+            -- One that is being detached concurrently is not read any more.
+            SELECT i.inhrelid FROM pg_inherits AS i
+            WHERE i.inhparent = ANY (below) AND NOT i.inhdetachpending
+        );
         EXIT WHEN below = '{}';
         found := found || below;
     END LOOP;
