@@ -116,6 +116,30 @@ BEGIN
     RETURN fields;
 END $$;
 
+-- Conditions that cost nothing and hold always: a statement with them cannot be parsed once a view is in
+-- the place of the table, or columns are of other types. Between what made the text of a statement and
+-- its parsing the table's owner may have altered all of that, and would have it call functions of theirs
+-- with the rights of whoever reads. Views cannot be sampled, and arrays have to be of the very same type;
+-- the planner sees that nothing comes of either.
+CREATE OR REPLACE FUNCTION ehub.still_is(
+    relation regclass, key name, key_type oid, embedding name, embedding_type oid
+) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN format(
+        ' AND ((SELECT true FROM %s AS s TABLESAMPLE pg_catalog.system (0) LIMIT 1) OR true)', relation
+    ) || (
+        SELECT string_agg(format(
+            ' AND pg_catalog.arrayoverlap(ARRAY[t.%I], NULL::%s[]) IS NULL',
+            col.name, format_type(col.type, NULL)
+        ), '')
+        FROM (
+            VALUES (key, key_type), (embedding, embedding_type)
+            UNION SELECT f.field, f.type FROM ehub.attached_fields(relation) AS f
+        ) AS col (name, type)
+    );
+END $$;
+
 -- The rows of an attached table, as a relation in the text of a statement that needs a name: key,
 -- embedding, metadata; besides pk, the key as it is, and c<number>, each column for conditions. NULL
 -- where the table is not any more what it was attached as.
@@ -126,7 +150,7 @@ BEGIN
     RETURN (
         SELECT format(
             '(SELECT t.%1$I::text AS key, t.%1$I AS pk, t.%2$I%3$s AS embedding,'
-            ' ehub.as_metadata(%4$s) AS metadata%5$s FROM %6$s AS t WHERE t.%2$I IS NOT NULL%7$s)',
+            ' ehub.as_metadata(%4$s) AS metadata%5$s FROM %6$s AS t WHERE t.%2$I IS NOT NULL%7$s%8$s)',
             k.name, c.name, CASE c.kind WHEN 'halfvec' THEN '::@vector@.vector' ELSE '' END,
             ehub.object_of($1, 't.%1$I'),
             (
@@ -135,7 +159,8 @@ BEGIN
             ),
             $1,
             -- Where the column takes any, the space is of those with its dims.
-            CASE WHEN c.dims IS NULL THEN format(' AND @vector@.vector_dims(t.%I) = %s', c.name, $4) END
+            CASE WHEN c.dims IS NULL THEN format(' AND @vector@.vector_dims(t.%I) = %s', c.name, $4) END,
+            ehub.still_is($1, k.name, k.type, c.name, c.type)
         )
         FROM ehub.attached_key($1) AS k, ehub.attached_column($1, $2, $3) AS c
         WHERE k.kind IS NOT NULL AND c.kind IS NOT NULL AND coalesce(c.dims, $4) = $4
