@@ -106,6 +106,9 @@ BEGIN
         -- What Postgres says of somebody's own table is all there is to know.
         RETURN coalesce(
             has_table_privilege(role, ehub.table_of(version_id), 'SELECT')
+                AND has_schema_privilege(role, (
+                    SELECT c.relnamespace FROM pg_class AS c WHERE c.oid = ehub.table_of(version_id)
+                ), 'USAGE')
                 AND NOT ehub.hides_rows(ehub.table_of(version_id), role),
             false
         );
