@@ -32,7 +32,10 @@ class Rows(ABC):
 
     @abstractmethod
     def _relation(self, keys: list[str] | None = None) -> sql.Composable:
-        """Return the rows as a relation, of which only those of ``keys`` will be asked for."""
+        """Return the rows as a relation, of which only those of ``keys`` will be asked for.
+
+        It is for statements with parameters, if only none: a percent sign in it stands twice.
+        """
 
     def get(self, key: str) -> Vector:
         """Return the vector of a key, float32 of shape ``(dims,)``.
@@ -72,7 +75,7 @@ class Rows(ABC):
         """Count the keys, in Postgres."""
         query = sql.SQL("SELECT count(*) FROM {}").format(self._relation())
         with self._database.connection(self._address) as connection:
-            row = connection.execute(query).fetchone()
+            row = connection.execute(query, []).fetchone()
         return int(row[0]) if row else 0
 
     def __bool__(self) -> bool:
@@ -115,7 +118,7 @@ class Rows(ABC):
         with self._database.connection(self._address) as connection, connection.transaction():
             with connection.cursor(name="ehub_rows", binary=True) as cursor:
                 cursor.itersize = _STREAM_ROWS
-                cursor.execute(query)
+                cursor.execute(query, [])
                 yield from cursor
 
     def _one(self, column: Literal["embedding", "metadata"], key: str) -> Any:

@@ -513,30 +513,30 @@ class Searchable(Rows):
         self, k: int, last: str, watch: Callable[[int, int], None] | None
     ) -> Iterator[tuple[str, list[Neighbor]]]:
         address = self._pinned()
-        view = sql.Identifier("spaces", address)
         page = sql.SQL("SELECT key, embedding FROM {} WHERE key > %s ORDER BY key LIMIT %s")
         count = sql.SQL("SELECT count(*) FROM {} WHERE key > %s")
+        rows = self._relation_of(address)
         with self._database.connection(address) as connection:
-            row = connection.execute(count.format(view), [last]).fetchone()
+            row = connection.execute(count.format(rows), [last]).fetchone()
         total, done = row[0] if row else 0, 0
         while True:
             with self._database.connection(address) as connection:
-                rows = connection.execute(
-                    page.format(view), [last, _PAGE_ROWS], binary=True
+                found = connection.execute(
+                    page.format(rows), [last, _PAGE_ROWS], binary=True
                 ).fetchall()
             if watch is not None:
-                watch(done, max(total, done + len(rows)))
-            if not rows:
+                watch(done, max(total, done + len(found)))
+            if not found:
                 return
-            for start in range(0, len(rows), _BATCH_ROWS):
-                batch = rows[start : start + _BATCH_ROWS]
+            for start in range(0, len(found), _BATCH_ROWS):
+                batch = found[start : start + _BATCH_ROWS]
                 queries = np.stack([decode_vector(data) for _, data in batch])
                 # Its own row is among its neighbours, or else not needed.
                 answers = self._neighbors_of_many(address, queries, k + 1, False, strong=False)
                 for (key, _), near in zip(batch, answers, strict=True):
                     yield key, [one for one in near if one.key != key][:k]
-            last = rows[-1][0]
-            done += len(rows)
+            last = found[-1][0]
+            done += len(found)
 
     def _within_by_index(
         self,
@@ -747,12 +747,15 @@ class Searchable(Rows):
         return f"{self._address.partition('@')[0]}@{self._read_shape().version}"
 
     def _relation(self, keys: list[str] | None = None) -> sql.Composable:
+        return self._relation_of(self._address, keys)
+
+    def _relation_of(self, address: str, keys: list[str] | None = None) -> sql.Composable:
         if self._shape.attached_to is None:
-            return sql.Identifier("spaces", self._address)
-        with self._database.connection(self._address) as connection:
+            return sql.Identifier("spaces", address)
+        with self._database.connection(address) as connection:
             row = connection.execute(
                 "SELECT ehub.rows_of(s), ehub.has_keys(s, '$1') FROM ehub.require_space(%s) AS s",
-                [self._address],
+                [address],
             ).fetchone()
             assert row is not None  # noqa: S101 - what is not there raises
             rows, by_keys = (text.replace("%", "%%") for text in row)

@@ -107,7 +107,11 @@ BEGIN
         -- What Postgres says of somebody's own table is all there is to know.
         attached := ehub.table_of(version_id);
         RETURN coalesce(
-            has_table_privilege(role, attached, 'SELECT') AND NOT ehub.hides_rows(attached, role),
+            has_table_privilege(role, attached, 'SELECT')
+                AND has_schema_privilege(role, (
+                    SELECT c.relnamespace FROM pg_class AS c WHERE c.oid = attached
+                ), 'USAGE')
+                AND NOT ehub.hides_rows(attached, role),
             false
         );
     END IF;

@@ -52,13 +52,17 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     t record;
 BEGIN
-    SELECT y.typtype, y.typbasetype, y.typcategory, y.typelem,
+    SELECT y.typtype, y.typname, y.typbasetype, y.typcategory, y.typelem,
         y.oid < 16384 OR r.rolsuper AS trusted
     INTO t FROM pg_type AS y JOIN pg_roles AS r ON r.oid = y.typowner WHERE y.oid = type;
     RETURN CASE
         WHEN type IN (
             'bytea'::regtype, 'tsvector'::regtype, 'xml'::regtype, '@vector@.vector'::regtype,
             '@vector@.halfvec'::regtype, '@vector@.sparsevec'::regtype
+        ) THEN NULL
+        -- Of these it would be another text in other sessions, by IntervalStyle and the like.
+        WHEN type < 16384 AND (
+            t.typname IN ('interval', 'money', 'tstzrange', 'tstzmultirange') OR t.typname ~ '^reg'
         ) THEN NULL
         WHEN type = 'timestamptz'::regtype THEN format('(%s AT TIME ZONE ''UTC'')', col)
         WHEN t.typtype = 'd' THEN ehub.field_value(
@@ -112,6 +116,30 @@ BEGIN
     RETURN fields;
 END $$;
 
+-- Conditions that cost nothing and hold always: a statement with them cannot be parsed once a view is in
+-- the place of the table, or columns are of other types. Between what made the text of a statement and
+-- its parsing the table's owner may have altered all of that, and would have it call functions of theirs
+-- with the rights of whoever reads. Views cannot be sampled, and arrays have to be of the very same type;
+-- the planner sees that nothing comes of either.
+CREATE OR REPLACE FUNCTION ehub.still_is(
+    relation regclass, key name, key_type oid, embedding name, embedding_type oid
+) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN format(
+        ' AND ((SELECT true FROM %s AS s TABLESAMPLE pg_catalog.system (0) LIMIT 1) OR true)', relation
+    ) || (
+        SELECT string_agg(format(
+            ' AND pg_catalog.arrayoverlap(ARRAY[t.%I], NULL::%s[]) IS NULL',
+            col.name, format_type(col.type, NULL)
+        ), '')
+        FROM (
+            VALUES (key, key_type), (embedding, embedding_type)
+            UNION SELECT f.field, f.type FROM ehub.attached_fields(relation) AS f
+        ) AS col (name, type)
+    );
+END $$;
+
 -- The rows of an attached table, as a relation in the text of a statement that needs a name: key,
 -- embedding, metadata; besides pk, the key as it is, and c<number>, each column for conditions. NULL
 -- where the table is not any more what it was attached as.
@@ -122,7 +150,7 @@ BEGIN
     RETURN (
         SELECT format(
             '(SELECT t.%1$I::text AS key, t.%1$I AS pk, t.%2$I%3$s AS embedding,'
-            ' ehub.as_metadata(%4$s) AS metadata%5$s FROM %6$s AS t WHERE t.%2$I IS NOT NULL%7$s)',
+            ' ehub.as_metadata(%4$s) AS metadata%5$s FROM %6$s AS t WHERE t.%2$I IS NOT NULL%7$s%8$s)',
             k.name, c.name, CASE c.kind WHEN 'halfvec' THEN '::@vector@.vector' ELSE '' END,
             ehub.object_of($1, 't.%1$I'),
             (
@@ -131,28 +159,11 @@ BEGIN
             ),
             $1,
             -- Where the column takes any, the space is of those with its dims.
-            CASE WHEN c.dims IS NULL THEN format(' AND @vector@.vector_dims(t.%I) = %s', c.name, $4) END
+            CASE WHEN c.dims IS NULL THEN format(' AND @vector@.vector_dims(t.%I) = %s', c.name, $4) END,
+            ehub.still_is($1, k.name, k.type, c.name, c.type)
         )
         FROM ehub.attached_key($1) AS k, ehub.attached_column($1, $2, $3) AS c
         WHERE k.kind IS NOT NULL AND c.kind IS NOT NULL AND coalesce(c.dims, $4) = $4
-    );
-END $$;
-
--- A statement that says whether a table's name is still its, and its columns are of the types that they
--- are of in this snapshot. Whoever reads a table of somebody else's with rights of its own locks it and
--- asks this first: for a view in its place, or an implicit cast of a type that a column was given, would
--- run with these rights. It looks at types alone, as they are at the moment.
-CREATE OR REPLACE FUNCTION ehub.attached_guard(relation regclass) RETURNS text
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
-SET standard_conforming_strings = on AS $$
-BEGIN
-    RETURN (
-        SELECT format(
-            'SELECT to_regclass(%L) = %s::oid AND ARRAY[%s] = %L::oid[]', $1::text, $1::oid,
-            string_agg(format('pg_typeof((NULL::%s).%I)::oid', $1, a.attname), ', ' ORDER BY a.attnum),
-            array_agg(a.atttypid ORDER BY a.attnum)
-        )
-        FROM pg_attribute AS a WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
     );
 END $$;
 
@@ -237,7 +248,8 @@ DECLARE
     alike text := CASE
         WHEN type IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) THEN '^-?[0-9]{1,18}$'
         WHEN type = 'uuid'::regtype THEN '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
-        WHEN json_type = 'number' THEN '^-?[0-9]{0,15}(\.[0-9]{1,7})?$'
+        -- As many digits as float8 keeps.
+        WHEN json_type = 'number' THEN '^-?[0-9]{1,8}(\.[0-9]{1,7})?$'
         ELSE ''
     END;
     operator text;
@@ -300,7 +312,7 @@ BEGIN
     END LOOP;
 END $$;
 
--- What a table is called and has, as the functions that were made for it know it.
+-- What a table is called and has, and whose it is, as the functions that were made for it know it.
 CREATE OR REPLACE FUNCTION ehub.attached_shape(relation regclass) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -314,7 +326,8 @@ BEGIN
                 FROM pg_attribute AS a
                 WHERE a.attrelid = $1 AND a.attnum > 0 AND NOT a.attisdropped
             ),
-            (SELECT i.indkey::text FROM pg_index AS i WHERE i.indrelid = $1 AND i.indisprimary)
+            (SELECT i.indkey::text FROM pg_index AS i WHERE i.indrelid = $1 AND i.indisprimary),
+            (SELECT c.relowner FROM pg_class AS c WHERE c.oid = $1)
         ))
     );
 END $$;
@@ -328,7 +341,11 @@ DECLARE
 BEGIN
     -- Not by pg_partition_tree, which waits for whoever has locked one of them.
     LOOP
-        below := ARRAY(SELECT i.inhrelid FROM pg_inherits AS i WHERE i.inhparent = ANY (below));
+        below := ARRAY(
+            -- One that is being detached concurrently is not read any more.
+            SELECT i.inhrelid FROM pg_inherits AS i
+            WHERE i.inhparent = ANY (below) AND NOT i.inhdetachpending
+        );
         EXIT WHEN below = '{}';
         found := found || below;
     END LOOP;
@@ -396,6 +413,10 @@ BEGIN
         WHEN col.kind IS NULL OR coalesce(col.dims, dims) <> dims THEN format(
             'column %I of %s has no vectors of %s dims any more', col.name, relation, dims
         )
+        WHEN EXISTS (
+            SELECT FROM pg_class AS c
+            WHERE c.oid = ANY (ehub.tree_of(relation)) AND c.relpersistence = 'u'
+        ) THEN format('%s is unlogged: a crash empties it, and no log says so', relation)
         WHEN ehub.unlogged(version_id, relation) THEN format(
             'triggers of ehub are missing or switched off on %s; ehub.reattach makes them anew',
             relation
@@ -524,6 +545,24 @@ BEGIN
             'log_v' || version_id, key, embedding, version_id
         )
     );
+END $$;
+
+-- Let the owner of an attached table, and nobody else, make triggers that call the function.
+CREATE OR REPLACE FUNCTION ehub.give_attached_log(version_id bigint, relation regclass) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    function text := format('ehub_data.%I()', 'log_v' || version_id);
+    owner oid := (SELECT c.relowner FROM pg_class AS c WHERE c.oid = relation);
+    holder oid;
+BEGIN
+    FOR holder IN
+        SELECT a.grantee FROM pg_proc AS p,
+            aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) AS a
+        WHERE p.oid = function::regprocedure AND a.grantee NOT IN (p.proowner, owner)
+    LOOP
+        EXECUTE format('REVOKE ALL ON FUNCTION %s FROM %s', function, ehub.holder(holder));
+    END LOOP;
+    EXECUTE format('GRANT EXECUTE ON FUNCTION %s TO %s', function, owner::regrole);
 END $$;
 
 -- Have changes of a table logged, by its owner.
@@ -756,13 +795,12 @@ BEGIN
     INSERT INTO ehub.index (version_id, m, ef_construction, target_recall)
     VALUES (version_id, $6, $7, $8);
     UPDATE ehub.space SET current_version_id = version_id WHERE id = made;
+    -- Whichever space of a table is detached last takes back what was given for the first.
     INSERT INTO ehub.attachment (version_id, relation, column_name, column_number, shape, granted)
-    VALUES (version_id, $1, $2, col.number, '', $9);
+    VALUES (version_id, $1, $2, col.number, '', $9 OR EXISTS (
+        SELECT FROM ehub.attachment AS a WHERE a.relation = $1 AND a.granted
+    ));
     PERFORM ehub.fit_attached(version_id);
-    EXECUTE format('REVOKE ALL ON FUNCTION ehub_data.%I FROM PUBLIC', 'log_v' || version_id);
-    EXECUTE format(
-        'GRANT EXECUTE ON FUNCTION ehub_data.%I TO %s', 'log_v' || version_id, shape.relowner::regrole
-    );
     PERFORM ehub.log_action(me, 'attach', $3, jsonb_build_object(
         'table', $1::text, 'column', $2, 'dims', $5, 'metric', $4
     ));
@@ -785,6 +823,7 @@ BEGIN
         AND has_table_privilege(a.relation, 'SELECT')
     THEN
         PERFORM ehub.create_attached_log($1, key.name, col.name);
+        PERFORM ehub.give_attached_log($1, a.relation);
         PERFORM ehub.create_checks(v.id, v.metric, v.partition_by)
         FROM ehub.version AS v WHERE v.id = $1;
         UPDATE ehub.attachment AS t SET column_name = col.name, column_number = col.number,

@@ -3,9 +3,8 @@
 -- The indexes that a replica may keep for this role: those whose rows it may know all of, by the
 -- condition that says which these are (NULL for all of them). Those over limited rows are for the
 -- index service. The one over all rows is kept by partitions where there are some. `source` is what to
--- read, `by_keys` the condition for some keys of it. Of attached tables: their name, what to ask before
--- they are read, the token under which they are, whether their functions were made for another shape,
--- and why no index can follow them.
+-- read, `by_keys` the condition for some keys of it. Of attached tables: the token under which they are
+-- read, whether their functions were made for another shape, and why no index can follow them.
 CREATE OR REPLACE VIEW ehub.indexes WITH (security_barrier) AS
 SELECT
     c.space, c.version, c.version_id, c.dims, c.metric, i.id AS index_id, i.m, i.ef_construction,
@@ -24,8 +23,7 @@ SELECT
         ELSE ehub.attached_rows(a.relation, a.column_name, a.column_number, c.dims)
     END AS source,
     ehub.has_keys(c, '$1', 'rows') AS by_keys,
-    c.relation::text AS attached,
-    CASE WHEN c.relation IS NOT NULL THEN ehub.attached_guard(a.relation) END AS guard,
+    c.relation IS NOT NULL AS attached,
     CASE WHEN c.relation IS NOT NULL THEN
         ehub.attached_token(c.version_id, a.relation, a.column_name, a.column_number)
     END AS token,

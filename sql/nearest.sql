@@ -171,6 +171,10 @@ DECLARE
         SELECT c FROM ehub.catalogue AS c WHERE c.version_id = create_checks.version_id
     );
     rows text := ehub.rows_of(target);
+    -- Rows of an attached table that have changed may have no distance to anything now.
+    usable text := CASE
+        WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_distances(metric)
+    END;
 BEGIN
     EXECUTE format(
         $head$
@@ -186,13 +190,13 @@ BEGIN
                 RETURN QUERY
                 SELECT t.key, 0.0 + (t.embedding %3$s $1), t.metadata
                 FROM %2$s AS t
-                WHERE %4$s AND ($7 IS NULL OR t.key <> ALL ($7))
+                WHERE %4$s AND %5$s AND ($7 IS NULL OR t.key <> ALL ($7))
                 ORDER BY 2, 1 LIMIT $6;
             END
             $body$,
             'check_v' || version_id, rows, ehub.distance_operator(metric), ehub.has_keys(target, format(
                 '(SELECT ehub.deciding_keys(%s, $3, $2, $4, $5))::text[]', version_id
-            ))
+            )), usable
         )
     );
     -- The same among rows that match. Where the candidates need not, all is known as far out as the
@@ -214,7 +218,7 @@ BEGIN
                 ), near AS MATERIALIZED (
                     SELECT t.key, 0.0 + (t.embedding %3$s $1) AS distance, t.metadata
                     FROM %2$s AS t
-                    WHERE %6$s
+                    WHERE %6$s AND %7$s
                         AND ($7 IS NULL OR t.key <> ALL ($7))
                         AND ($8 IS NULL OR t.metadata @@ $8)
                         AND ($9 IS NULL OR t.metadata ->> %5$L = $9)
@@ -234,7 +238,7 @@ BEGIN
             $body$,
             'check_matching_v' || version_id, rows, ehub.distance_operator(metric),
             version_id, coalesce(partition_by, ''),
-            ehub.has_keys(target, '(SELECT d.keys FROM deciding AS d)::text[]')
+            ehub.has_keys(target, '(SELECT d.keys FROM deciding AS d)::text[]'), usable
         )
     );
     EXECUTE format(
@@ -271,7 +275,7 @@ BEGIN
                     JOIN unnest($1) WITH ORDINALITY AS v (query, owner) ON v.owner = p.owner
                     JOIN %2$s AS t ON t.key = p.key AND %6$s
                     WHERE (SELECT d.keys IS NOT NULL FROM delta AS d)
-                        AND NOT EXISTS (SELECT FROM short)
+                        AND NOT EXISTS (SELECT FROM short) AND %7$s
                         AND ($7 IS NULL OR t.metadata @@ $7)
                         AND ($8 IS NULL OR t.metadata ->> %5$L = $8)
                 ), ranked AS (
@@ -288,7 +292,7 @@ BEGIN
             version_id, coalesce(partition_by, ''),
             CASE WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_keys(
                 target, '(SELECT array_agg(DISTINCT o.key) FROM pairs AS o)::text[]'
-            ) END
+            ) END, usable
         )
     );
 END $$;

@@ -7,7 +7,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT ARRAY[
         -- Rows, under the caller's own rights.
         'add_attached_triggers', 'add_statement_triggers', 'address', 'as_metadata',
-        'attach', 'attached_column', 'attached_condition', 'attached_fields', 'attached_guard',
+        'attach', 'attached_column', 'attached_condition', 'attached_fields',
         'attached_key', 'attached_problem', 'attached_rows', 'attached_shape',
         'attached_token', 'average', 'average_steps', 'average_value', 'average_weight',
         'averages', 'averages_query', 'bigint_keys', 'candidates_needed', 'choice',
@@ -28,7 +28,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'require_keys', 'require_name', 'require_own', 'require_partition',
         'require_partition_field', 'require_query', 'require_read_committed',
         'require_scalar', 'require_shape', 'require_space', 'require_usable', 'rows_at',
-        'rows_of', 'set', 'shared', 'space_of', 'stage', 'stop_writers', 'tree_of',
+        'rows_of', 'set', 'shared', 'space_of', 'stage', 'still_is', 'stop_writers', 'tree_of',
         'unlogged', 'uuid_keys', 'whole_setting', 'within', 'write_staged',
         -- With the owner's rights, for callers who see all rows of a version; of who calls.
         'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_log', 'images', 'lag',

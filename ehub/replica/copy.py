@@ -20,7 +20,7 @@ import psycopg
 from psycopg import errors as pg
 
 from ehub.database import Connection, Database, repeatable_read
-from ehub.errors import AttachedError, EhubError, IndexFileError
+from ehub.errors import EhubError, IndexFileError
 from ehub.index import (
     AnyIndex,
     HnswIndex,
@@ -338,7 +338,7 @@ class Copy:
         known = (pg.LockNotAvailable, pg.InsufficientPrivilege, pg.UndefinedTable)
         if isinstance(error, known):
             return True
-        if self.entry.attached and isinstance(error, psycopg.Error | AttachedError):
+        if self.entry.attached and isinstance(error, psycopg.Error):
             self._set_aside(str(error))
             return True
         return False

@@ -137,7 +137,7 @@ FUNCTIONS = {
     "attached_column": (ANYBODY, "ehub.attached_column('pg_class', 'oid', 1)"),
     "attached_condition": (ANYBODY, "ehub.attached_condition('pg_class', '{\"a\": 1}')"),
     "attached_fields": (ANYBODY, "ehub.attached_fields('pg_class')"),
-    "attached_guard": (ANYBODY, "ehub.attached_guard('pg_class')"),
+    "still_is": (ANYBODY, "ehub.still_is('pg_class', 'oid', 26, 'relname', 19)"),
     "attached_key": (ANYBODY, "ehub.attached_key('pg_class')"),
     "attached_problem": (
         ANYBODY,
