@@ -67,9 +67,11 @@ CREATE OR REPLACE FUNCTION ehub.has_keys(target ehub.catalogue, keys text, rows 
 RETURNS text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN target.relation IS NULL THEN format('%s.key = ANY (%s)', rows, keys) ELSE (
-        SELECT CASE k.kind
-            WHEN 'text' THEN format('%s.pk = ANY (%s)', rows, keys)
-            ELSE format('%s.pk = ANY (ehub.%I(%s))', rows, k.kind || '_keys', keys)
+        -- NULL where it has another key by now.
+        SELECT CASE
+            WHEN k.kind = 'text' THEN format('%s.pk = ANY (%s)', rows, keys)
+            WHEN k.kind IS NOT NULL
+                THEN format('%s.pk = ANY (ehub.%I(%s))', rows, k.kind || '_keys', keys)
         END FROM ehub.attached_key(target.relation) AS k
     ) END
 $$;
