@@ -276,7 +276,8 @@ FUNCTIONS = {
         *("refuse_direct_write", "require_no_average", "require_no_followers"),
         *("show_followers", "switch_followers", "unfollow"),
         *("add_partitions", "carry_indexes", "choose_index"),
-        *("create_attached_log", "fit_attached", "forget_attached", "table_of", "tend_attached"),
+        *("create_attached_log", "fit_attached", "forget_attached", "give_attached_log"),
+        *("table_of", "tend_attached"),
         *("add_default", "add_version", "apply_access", "apply_create", "apply_policies"),
         *(
             "apply_usage",
