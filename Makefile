@@ -36,6 +36,7 @@ bench: setup  ## beside raw hnswlib, and beside pgvector's HNSW with EHUB_TEST_D
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_sql.py $(FILE))
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_access.py $(FILE))
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_filters.py $(FILE))
+	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_attach.py $(FILE))
 
 soak: setup  ## writers and searchers beside a service that is restarted; EHUB_TEST_DATABASE_URL
 	$(BIN)/python tests/bench/soak.py --minutes $(or $(MINUTES),20)
