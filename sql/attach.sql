@@ -244,7 +244,8 @@ DECLARE
     alike text := CASE
         WHEN type IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) THEN '^-?[0-9]{1,18}$'
         WHEN type = 'uuid'::regtype THEN '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$'
-        WHEN json_type = 'number' THEN '^-?[0-9]{0,15}(\.[0-9]{1,7})?$'
+        -- Of fifteen digits at most: others become the next number that float8 has.
+        WHEN json_type = 'number' THEN '^-?(?=.{1,16}$)[0-9]{0,15}(\.[0-9]{1,7})?$'
         ELSE ''
     END;
     operator text;

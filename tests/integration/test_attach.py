@@ -10,7 +10,7 @@ import numpy as np
 import psycopg
 import pytest
 from conftest import drop_database
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from oracle import check_neighbors
 from psycopg import sql
@@ -884,6 +884,15 @@ def test_filters_are_those_of_json(url, db):
     )
     db.execute("SELECT ehub.attach('t', 'e')")
 
+    @example(
+        [dict.fromkeys(COLUMNS) | {"d": 123456789012345.12, "m": "123456789012345.1234567"}],
+        [
+            {field: condition}
+            for field in "dm"
+            for text in ("123456789012345.1234567", "123456789012345.13", "123456789012345.12")
+            for condition in (Exact(text), {"<": Exact(text)}, {">=": Exact(text)})
+        ],
+    )
     @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
         rows=st.lists(ROWS, min_size=3, max_size=8),
