@@ -13,7 +13,7 @@ from service.conftest import settled
 class ServiceMachine(AttachedMachine):
     def settle_index(self):
         self.close_old()
-        settled(self.db, "s", 8)
+        settled(self.db, "s")
         self.db.execute("SET ehub.mode = 'index'")
         # Nothing hinders it then.
         self.db.execute("SELECT FROM ehub.nearest('s', '[1,1]', 3)")
@@ -33,11 +33,9 @@ def test_searches_of_attached_tables_agree_with_selects(service, url, reader):
     run_state_machine_as_test(
         ServiceMachine,
         settings=settings(
-            max_examples=int(__import__("os").environ.get("N", 12)),
-            stateful_step_count=int(__import__("os").environ.get("STEPS", 30)),
+            max_examples=8,
+            stateful_step_count=25,
             deadline=None,
-            phases=[__import__("hypothesis").Phase.generate],
-            report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),
     )
