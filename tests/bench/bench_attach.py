@@ -130,6 +130,7 @@ def written(url: str) -> Iterator[dict[str, Any]]:
 
 def attached(db: psycopg.Connection, url: str, ef_construction: int) -> None:
     db.execute("SELECT ehub.detach(space) FROM ehub.attached")
+    db.execute("DROP INDEX IF EXISTS documents_embedding_idx")
     with written(url) as told:
         started = time.perf_counter()
         db.execute(
@@ -159,7 +160,6 @@ def attached(db: psycopg.Connection, url: str, ef_construction: int) -> None:
 
 def built(db: psycopg.Connection, url: str, ef_construction: int) -> None:
     db.execute("SET maintenance_work_mem = '1GB'")
-    db.execute("DROP INDEX IF EXISTS documents_embedding_idx")
     with written(url) as told:
         started = time.perf_counter()
         db.execute(
