@@ -103,14 +103,19 @@ def written(url: str) -> Iterator[dict[str, Any]]:
                 due += 1 / PACE
                 time.sleep(max(0.0, due - time.perf_counter()))
 
+    # Not just like another row's: of many alike a graph finds some.
+    elsewhere = (
+        "embedding + (SELECT array_agg(random() / 10) FROM generate_series(1,"
+        " vector_dims(embedding)) WHERE %(id)s = %(id)s)::vector"
+    )
     move = (
-        "UPDATE documents SET embedding = (SELECT embedding FROM documents WHERE id = 300000 - %(id)s)"
+        f"UPDATE documents SET embedding = (SELECT {elsewhere} FROM documents WHERE id = 300000 - %(id)s)"
         " WHERE id = %(id)s"
     )
     come_and_go = (
         "WITH gone AS (DELETE FROM documents WHERE id = 300000 + %(id)s %% 40000 RETURNING id)"
         " INSERT INTO documents SELECT 1000000 + coalesce(max(d.id), 0), 'new', 3,"
-        " (SELECT embedding FROM documents WHERE id = %(id)s) FROM documents AS d WHERE d.id >= 1000000"
+        f" (SELECT {elsewhere} FROM documents WHERE id = %(id)s) FROM documents AS d WHERE d.id >= 1000000"
     )
     writers = [
         threading.Thread(target=write, args=(statement, seed))
