@@ -34,7 +34,8 @@ ALTERATIONS = {
     "dropped": "DROP TABLE t1",
     "rewritten": "ALTER TABLE t ALTER e TYPE vector(2) USING ARRAY[3000 - id, 1]::vector",
     "written in secret": "ALTER TABLE t DISABLE TRIGGER ALL; UPDATE t SET e = '[9,9]' WHERE id < 9;"
-    " ALTER TABLE t ENABLE ALWAYS TRIGGER ehub_v1_row, ENABLE ALWAYS TRIGGER ehub_v1_truncate",
+    " ALTER TABLE t ENABLE ALWAYS TRIGGER ehub_v1_row, ENABLE ALWAYS TRIGGER ehub_v1_truncate;"
+    " LOCK TABLE t",
 }
 SEARCHES = [
     "SELECT key FROM ehub.nearest('t', '[1,1]', 3)",
