@@ -105,11 +105,12 @@ BEGIN
     IF to_regclass('ehub_data.v' || version_id) IS NULL THEN
         -- What Postgres says of somebody's own table is all there is to know.
         RETURN coalesce(
-            has_table_privilege(role, ehub.table_of(version_id), 'SELECT')
-                AND has_schema_privilege(role, (
-                    SELECT c.relnamespace FROM pg_class AS c WHERE c.oid = ehub.table_of(version_id)
-                ), 'USAGE')
-                AND NOT ehub.hides_rows(ehub.table_of(version_id), role),
+            (
+                SELECT has_table_privilege(role, c.oid, 'SELECT')
+                    AND has_schema_privilege(role, c.relnamespace, 'USAGE')
+                    AND NOT ehub.hides_rows(c.oid, role)
+                FROM pg_class AS c WHERE c.oid = ehub.table_of(version_id)
+            ),
             false
         );
     END IF;

@@ -357,6 +357,9 @@ CREATE OR REPLACE FUNCTION ehub.attached_token(
 ) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    -- Found once: searches ask for it all the time.
+    tree oid[] := ehub.tree_of($2);
+    log oid := to_regproc('ehub_data.log_v' || $1);
     facts text;
     key record;
     col record;
@@ -365,10 +368,9 @@ BEGIN
     INTO facts
     FROM pg_class AS c CROSS JOIN LATERAL (
         SELECT string_agg(t.oid || t.tgenabled::text || t.xmin, ' ' ORDER BY t.oid) AS states
-        FROM pg_trigger AS t
-        WHERE t.tgrelid = c.oid AND t.tgfoid = to_regproc('ehub_data.log_v' || $1)
+        FROM pg_trigger AS t WHERE t.tgrelid = c.oid AND t.tgfoid = log
     ) AS t
-    WHERE c.oid = ANY (ehub.tree_of($2));
+    WHERE c.oid = ANY (tree);
     SELECT * INTO key FROM ehub.attached_key($2);
     SELECT * INTO col FROM ehub.attached_column($2, $3, $4);
     RETURN md5(

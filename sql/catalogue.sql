@@ -28,15 +28,16 @@ WHERE has_table_privilege(
 
 -- The table of a version: its own, or the one that is attached; NULL where that is gone.
 CREATE OR REPLACE FUNCTION ehub.table_of(version_id bigint) RETURNS regclass
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT coalesce(
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN coalesce(
         to_regclass('ehub_data.v' || $1),
         (
             SELECT a.relation FROM ehub.attachment AS a JOIN pg_class AS c ON c.oid = a.relation
             WHERE a.version_id = $1
         )
-    )
-$$;
+    );
+END $$;
 
 -- The rows of a version (key, embedding, metadata) as a relation in the text of a statement, where it
 -- needs a name.
