@@ -101,17 +101,16 @@ CREATE OR REPLACE FUNCTION ehub.sees_all_rows(role regrole, version_id bigint) R
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     relation record;
-    attached regclass;
 BEGIN
     IF to_regclass('ehub_data.v' || version_id) IS NULL THEN
         -- What Postgres says of somebody's own table is all there is to know.
-        attached := ehub.table_of(version_id);
         RETURN coalesce(
-            has_table_privilege(role, attached, 'SELECT')
-                AND has_schema_privilege(role, (
-                    SELECT c.relnamespace FROM pg_class AS c WHERE c.oid = attached
-                ), 'USAGE')
-                AND NOT ehub.hides_rows(attached, role),
+            (
+                SELECT has_table_privilege(role, c.oid, 'SELECT')
+                    AND has_schema_privilege(role, c.relnamespace, 'USAGE')
+                    AND NOT ehub.hides_rows(c.oid, role)
+                FROM pg_class AS c WHERE c.oid = ehub.table_of(version_id)
+            ),
             false
         );
     END IF;

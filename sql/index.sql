@@ -4,7 +4,8 @@
 -- condition that says which these are (NULL for all of them). Those over limited rows are for the
 -- index service. The one over all rows is kept by partitions where there are some. `source` is what to
 -- read, `by_keys` the condition for some keys of it. Of attached tables: the token under which they are
--- read, whether their functions were made for another shape, and why no index can follow them.
+-- read, whether their functions were made for another shape, why no index can follow them, and the
+-- shape under which filters are read.
 CREATE OR REPLACE VIEW ehub.indexes WITH (security_barrier) AS
 SELECT
     c.space, c.version, c.version_id, c.dims, c.metric, i.id AS index_id, i.m, i.ef_construction,
@@ -31,7 +32,8 @@ SELECT
     CASE WHEN c.relation IS NOT NULL THEN ehub.attached_problem(
         c.version_id, a.relation, a.column_name, a.column_number, c.dims,
         quote_ident(current_user)::regrole
-    ) END AS problem
+    ) END AS problem,
+    CASE WHEN c.relation IS NOT NULL THEN ehub.attached_shape(a.relation) END AS shape
 FROM ehub.catalogue AS c
 JOIN ehub.index AS i ON i.version_id = c.version_id
 LEFT JOIN ehub.attachment AS a ON a.version_id = c.version_id

@@ -130,6 +130,9 @@ BEGIN
     THEN
         RETURN NULL;
     END IF;
+    IF ehub.altered_since_proposed(version_id) THEN
+        RETURN NULL;
+    END IF;
     SELECT bool_or(c.keys IS NULL), array_agg(key) INTO whole, delta
     FROM ehub.read_log(version_id, watermark) AS c LEFT JOIN unnest(c.keys) AS key ON true;
     IF whole THEN
@@ -157,6 +160,25 @@ BEGIN
         ) INTO delta USING delta, limits;
     END IF;
     RETURN candidates || delta;
+END $$;
+
+-- Whether the table of an attached space has changed in a way that is not logged since ehub.candidates
+-- looked at it, in this transaction: a partition may be gone by now, or its vectors are others.
+CREATE OR REPLACE FUNCTION ehub.altered_since_proposed(version_id bigint) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    attached ehub.attachment;
+    proposed_under text := current_setting('ehub.proposed_under', true);
+BEGIN
+    IF split_part(proposed_under, ' ', 1) IS DISTINCT FROM version_id::text THEN
+        RETURN false;
+    END IF;
+    SELECT * INTO attached FROM ehub.attachment AS a WHERE a.version_id = $1;
+    RETURN FOUND AND proposed_under <> format(
+        '%s %s/%s', version_id, (ehub.incarnation()).token, ehub.attached_token(
+            version_id, attached.relation, attached.column_name, attached.column_number
+        )
+    );
 END $$;
 
 -- Make the functions that check candidates of a version: each a statement that is planned once a

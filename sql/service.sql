@@ -229,6 +229,7 @@ DECLARE
     attached ehub.attachment;
     -- What the index has to be as of: the life of the database, and the state of an attached table.
     state text;
+    proposed_under text;
     statement text;
     waited float8;
     answer record;
@@ -273,6 +274,11 @@ BEGIN
         state := state || '/' || ehub.attached_token(
             $1, attached.relation, attached.column_name, attached.column_number
         );
+        proposed_under := $1 || ' ' || state;
+        IF filter IS NOT NULL OR index_id <> ehub.index_of(me, version_id) THEN
+            -- Its columns may have changed their names, and that is logged nowhere.
+            state := state || '/' || attached.shape;
+        END IF;
     END IF;
     statement := format(
         'CANDIDATES %s %s %s %s %s %s %s %s %s',
@@ -338,6 +344,10 @@ BEGIN
             END IF;
             reason := answer.reason;
             IF reason IS NULL THEN
+                IF proposed_under IS NOT NULL THEN
+                    -- For ehub.deciding_keys.
+                    PERFORM set_config('ehub.proposed_under', proposed_under, true);
+                END IF;
                 watermark := answer.watermark;
                 counts := answer.counts;
                 keys := answer.keys;

@@ -383,8 +383,8 @@ class AttachedMachine(RuleBasedStateMachine):
             with connection.transaction():
                 connection.execute(statement)
         except psycopg.Error:
-            # Its columns are not any more those of the whole.
-            assert what == "attach"
+            # Its columns are not any more those of the whole, or the policy is about this one.
+            assert what in ("attach", "drop column")
         else:
             self.names = names
 
@@ -425,9 +425,10 @@ class AttachedMachine(RuleBasedStateMachine):
         settled=st.booleans(),
         keep=st.booleans(),
         before=st.booleans(),
+        tended=st.booleans(),
         after=st.booleans(),
     )
-    def alter_table(self, data, settled, keep, before, after):
+    def alter_table(self, data, settled, keep, before, tended, after):
         if settled:
             self.settle_index()
         self.close_old()
@@ -436,6 +437,8 @@ class AttachedMachine(RuleBasedStateMachine):
             if before:
                 self.change(self.db, data)
             self.altered(self.db, data)
+            if tended:
+                self.db.execute("SELECT ehub.tend_attached()")
             if after:
                 self.change(self.db, data)
             self.compare(self.db, data)

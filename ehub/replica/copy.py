@@ -100,11 +100,13 @@ class Stamp(NamedTuple):
     """What the rows of an index equal: the table at a watermark.
 
     ``state`` names the life of the database, and of an attached table what it was then; None where
-    nobody asks who would have to compare it.
+    nobody asks who would have to compare it. ``shape`` is what columns the table had, by which rows
+    may be chosen.
     """
 
     state: str | None
     watermark: Watermark
+    shape: str | None = None
 
 
 @dataclasses.dataclass
@@ -227,7 +229,7 @@ class Copy:
         token = self.equal_under[0]
         if incarnation is not None and token is not None:
             incarnation = f"{incarnation}/{token}"
-        return Stamp(incarnation, watermark)
+        return Stamp(incarnation, watermark, self.entry.shape)
 
     def resume(self, worker: Connection) -> None:
         """Go back to what was acknowledged, over a new connection.

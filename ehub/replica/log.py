@@ -20,7 +20,7 @@ _READ_KEYS = 1000
 _ENTRIES = (
     "SELECT space, version, version_id, dims, metric, index_id, m, ef_construction, target_recall,"
     " current, name, partition_by, coalesce(condition, 'true'), whole, source, by_keys, attached,"
-    " token, outdated, problem FROM ehub.indexes"
+    " token, outdated, problem, shape FROM ehub.indexes"
 )
 
 
@@ -55,6 +55,8 @@ class Entry(NamedTuple):
     token: str | None
     outdated: bool | None
     problem: str | None
+    # What it is called and has: under another one filters mean other columns.
+    shape: str | None
 
     @property
     def address(self) -> str:

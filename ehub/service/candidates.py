@@ -189,7 +189,10 @@ class Answers:
         if found is None:
             return "parts of its graph cannot be reached; it is built anew", False
         stamp = found.as_of
-        if not isinstance(stamp, Stamp) or stamp.state != asked.state:
+        if not isinstance(stamp, Stamp) or asked.state not in (
+            stamp.state,
+            f"{stamp.state}/{stamp.shape}",
+        ):
             return "it follows another life of this database, or of this table", False
         return found, matching
 
