@@ -277,7 +277,7 @@ FUNCTIONS = {
         *("show_followers", "switch_followers", "unfollow"),
         *("add_partitions", "carry_indexes", "choose_index"),
         *("create_attached_log", "fit_attached", "forget_attached", "give_attached_log"),
-        *("table_of", "tend_attached"),
+        *("altered_since_proposed", "table_of", "tend_attached"),
         *("add_default", "add_version", "apply_access", "apply_create", "apply_policies"),
         *(
             "apply_usage",
