@@ -116,6 +116,22 @@ def hub(connect: Callable[..., ehub.Hub]) -> ehub.Hub:
 
 
 @pytest.fixture
+def embedded(tmp_path: Path) -> Iterator[ehub.Hub]:
+    """A hub of an embedded server of its own, whose programs fit it."""
+    with ehub.connect("embedded", data_dir=tmp_path / "here") as hub:
+        yield hub
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """The programs of another cluster, and its connection string."""
+    database = Database(Target(None, tmp_path / "elsewhere"))
+    assert database.embedded is not None
+    yield database.embedded.bin_dir, database.conninfo()
+    database.close()
+
+
+@pytest.fixture
 def db(url: str) -> Iterator[psycopg.Connection]:
     """Somebody else: a connection in autocommit mode."""
     with psycopg.connect(url, autocommit=True) as connection:

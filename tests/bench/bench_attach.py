@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import psycopg
 from bench import K, report
-from bench_sql import EHUB, connect, fresh_database, held_out
+from bench_sql import connect, fresh_database, held_out, service
 from pgvector.sqlalchemy import VECTOR
 from sqlalchemy import BigInteger, create_engine, event, select, text
 from sqlalchemy.dialects.postgresql import psycopg as psycopg_dialect
@@ -46,25 +45,12 @@ def main() -> None:
     url = fresh_database(arguments.listen)
     queries = load(arguments.file, url)
     with tempfile.TemporaryDirectory(prefix="ehub-bench-") as folder:
-        service = subprocess.Popen(
-            [
-                *(EHUB, "serve", "--database", url, "--listen", arguments.listen),
-                *("--data", folder, "--pages", "none"),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        try:
-            with connect(url) as db:
-                # With pgvector's default, and with ehub's, which stays.
-                for ef_construction in (64, 200):
-                    attached(db, url, ef_construction)
-                    built(db, url, ef_construction)
-                rates(db, url, queries, arguments.repeats)
-        finally:
-            service.terminate()
-            service.wait()
+        with service(url, arguments.listen, Path(folder)), connect(url) as db:
+            # With pgvector's default, and with ehub's, which stays.
+            for ef_construction in (64, 200):
+                attached(db, url, ef_construction)
+                built(db, url, ef_construction)
+            rates(db, url, queries, arguments.repeats)
 
 
 def load(file: Path, url: str) -> np.ndarray:

@@ -93,9 +93,9 @@ def run_ehub(*arguments: object) -> None:
 
 
 @contextlib.contextmanager
-def served(url: str, listen: str, folder: Path, dims: int) -> Iterator[psycopg.Connection]:
-    """Run the service while pgvector builds its index, and lend a connection when both are ready."""
-    service = subprocess.Popen(
+def service(url: str, listen: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run the service; the first line that it prints says that it is ready."""
+    process = subprocess.Popen(
         [
             *(EHUB, "serve", "--database", url, "--listen", listen),
             *("--data", folder, "--pages", "none"),
@@ -105,17 +105,23 @@ def served(url: str, listen: str, folder: Path, dims: int) -> Iterator[psycopg.C
         text=True,
     )
     try:
-        with connect(url) as db:
-            build_pgvector(db, dims)
-            assert service.stdout is not None
-            service.stdout.readline()
-            # The service must have promised to keep its deadline.
-            while db.execute("SELECT prompt FROM ehub.incarnation").fetchone() != (True,):
-                time.sleep(0.2)
-            yield db
+        yield process
     finally:
-        service.terminate()
-        service.wait()
+        process.terminate()
+        process.wait()
+
+
+@contextlib.contextmanager
+def served(url: str, listen: str, folder: Path, dims: int) -> Iterator[psycopg.Connection]:
+    """Run the service while pgvector builds its index, and lend a connection when both are ready."""
+    with service(url, listen, folder) as process, connect(url) as db:
+        build_pgvector(db, dims)
+        assert process.stdout is not None
+        process.stdout.readline()
+        # The service must have promised to keep its deadline.
+        while db.execute("SELECT prompt FROM ehub.incarnation").fetchone() != (True,):
+            time.sleep(0.2)
+        yield db
 
 
 def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, repeats: int) -> None:

@@ -923,20 +923,6 @@ def test_filters_are_those_of_json(url, db):
 # --- dumps, and nothing that is left
 
 
-@pytest.fixture
-def embedded(tmp_path):
-    with ehub.connect("embedded", data_dir=tmp_path / "here") as hub:
-        yield hub
-
-
-@pytest.fixture
-def elsewhere(tmp_path):
-    """The programs of another cluster, and its connection string."""
-    database = Database(Target(None, tmp_path / "elsewhere"))
-    yield database.embedded.bin_dir, database.conninfo()
-    database.close()
-
-
 def without_comments(dump):
     """A dump without what is made anew each time."""
     return [line for line in dump.splitlines() if not line.startswith((b"\\", b"--"))]

@@ -9,24 +9,13 @@ import pytest
 from oracle import check_neighbors
 
 import ehub
-from ehub.config import Target
-from ehub.database import Database
 
 ROWS = {f"k{i}": np.array([i, i % 7, 1], np.float32) for i in range(400)}
 
 
 @pytest.fixture
-def hub(tmp_path):
-    with ehub.connect("embedded", data_dir=tmp_path / "here") as hub:
-        yield hub
-
-
-@pytest.fixture
-def elsewhere(tmp_path):
-    """The programs of another cluster, and its connection string."""
-    database = Database(Target(None, tmp_path / "elsewhere"))
-    yield database.embedded.bin_dir, database.conninfo()
-    database.close()
+def hub(embedded):
+    return embedded
 
 
 def contents(rows):
