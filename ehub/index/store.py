@@ -298,14 +298,16 @@ def _fork(work: Callable[[], object]) -> int | None:
         warnings.simplefilter("ignore", DeprecationWarning)
         with PRODUCTS.write():
             child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        work()
-        status = 0
-    finally:
-        os._exit(status)
+            if not child:
+                # In here: to give the lock back takes another one, which a thread may have held
+                # that is not in the child.
+                status = 1
+                try:
+                    work()
+                    status = 0
+                finally:
+                    os._exit(status)
+    return child
 
 
 def _wait(child: int) -> None:
