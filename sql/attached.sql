@@ -490,7 +490,8 @@ SELECT s.name AS space, a.relation,
 FROM ehub.attachment AS a
 JOIN ehub.version AS v ON v.id = a.version_id
 JOIN ehub.space AS s ON s.id = v.space_id
-WHERE has_table_privilege(a.relation, 'SELECT, INSERT, UPDATE, DELETE');
+WHERE (SELECT ehub.hear_of_revocations())
+    AND has_table_privilege(a.relation, 'SELECT, INSERT, UPDATE, DELETE');
 
 -- The space that a column of a table is attached as; the metric says which, where there are several.
 CREATE OR REPLACE FUNCTION ehub.space_of(relation regclass, "column" name, metric text DEFAULT NULL)

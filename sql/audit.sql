@@ -21,9 +21,11 @@ FROM ehub.audit AS a LEFT JOIN ehub.space AS s ON s.id = a.space_id
 LEFT JOIN ehub.version AS v ON v.id = s.current_version_id
 LEFT JOIN ehub.attachment AS t ON t.version_id = v.id
 LEFT JOIN pg_class AS c ON c.oid = t.relation
-WHERE has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'TRUNCATE')
+WHERE (SELECT ehub.hear_of_revocations()) AND (
+    has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'TRUNCATE')
     OR pg_has_role(c.relowner, 'USAGE')
     OR pg_has_role(
         (SELECT n.nspowner FROM pg_namespace AS n WHERE n.nspname = 'ehub'), 'USAGE'
     )
+)
 ORDER BY a.id DESC;

@@ -290,7 +290,7 @@ BEGIN
         END IF;
     END LOOP;
     UPDATE ehub.space AS s SET current_version_id = current WHERE s.id = kept.space_id;
-    PERFORM ehub.show_version($1, current);
+    PERFORM ehub.make_current($1, current);
     PERFORM ehub.apply_access(kept.space_id);
     PERFORM ehub.log_action(
         ehub.role_of(caller), 'create_average', $1,
@@ -555,7 +555,7 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.show_followers(source text, version_id bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM ehub.show_version(f.space, ehub.like_of($2, f.space_id)) FROM ehub.followers($1) AS f;
+    PERFORM ehub.make_current(f.space, ehub.like_of($2, f.space_id)) FROM ehub.followers($1) AS f;
 END $$;
 
 -- After the current version of a space is another: all that ehub.switch does besides, for the averages.
@@ -659,7 +659,7 @@ SELECT s.name AS space, o.name AS source, a.by, a.weight
 FROM ehub.average AS a
 JOIN ehub.space AS s ON s.id = a.space_id
 JOIN ehub.space AS o ON o.id = a.source_id
-WHERE EXISTS (
+WHERE (SELECT ehub.hear_of_revocations()) AND EXISTS (
     SELECT FROM ehub.version AS v WHERE v.space_id = s.id AND has_table_privilege(
         to_regclass('ehub_data.v' || v.id), 'SELECT, INSERT, UPDATE, DELETE'
     )

@@ -1,7 +1,19 @@
 -- What there is, to those who may know it.
 
+-- The mark of a version that is current; NULL of others.
+CREATE OR REPLACE FUNCTION ehub.mark_of(version_id bigint) RETURNS regclass
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN to_regclass('ehub_data.current_v' || version_id);
+END $$;
+
 -- The versions of all spaces with their indexes, as replicas and clients ask for them: those of
 -- which one may read or write the rows.
+--
+-- Which version is current is a row's matter, seen in the statement's snapshot, as long as each statement
+-- has its own. A transaction that keeps its snapshot (REPEATABLE READ, SERIALIZABLE) would see one
+-- version by that row and another by the view of the space, for views are never looked up in snapshots:
+-- it goes by the mark of the current version (ehub.make_current), which is not either.
 CREATE OR REPLACE VIEW ehub.catalogue WITH (security_barrier) AS
 SELECT
     s.name AS space,
@@ -13,7 +25,10 @@ SELECT
     i.m,
     i.ef_construction,
     i.target_recall,
-    v.id = s.current_version_id AS current,
+    CASE WHEN current_setting('transaction_isolation') = 'read committed'
+        THEN v.id = s.current_version_id
+        ELSE a.relation IS NOT NULL OR ehub.mark_of(v.id) IS NOT NULL
+    END AS current,
     v.frozen_at IS NOT NULL AS frozen,
     v.warm,
     v.partition_by,
@@ -22,7 +37,7 @@ FROM ehub.space AS s
 JOIN ehub.version AS v ON v.space_id = s.id
 JOIN ehub.index AS i ON i.version_id = v.id AND i.rows IS NULL AND i.name IS NULL
 LEFT JOIN ehub.attachment AS a ON a.version_id = v.id
-WHERE has_table_privilege(
+WHERE (SELECT ehub.hear_of_revocations()) AND has_table_privilege(
     coalesce(a.relation, to_regclass('ehub_data.v' || v.id)), 'SELECT, INSERT, UPDATE, DELETE'
 );
 
@@ -97,13 +112,20 @@ $$;
 
 -- Find what an address means: 'items', which is the current version of that space, or 'items@v1'.
 -- What is unknown, or not for this role, is an error.
+--
+-- In a transaction that keeps its snapshot the name of a space means one version to its end, as for who
+-- reads the view.
 CREATE OR REPLACE FUNCTION ehub.require_space(address text) RETURNS ehub.catalogue
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     at int := strpos(address, '@');
     name text := CASE WHEN at > 0 THEN left(address, at - 1) ELSE address END;
+    keeps_snapshot boolean := current_setting('transaction_isolation') <> 'read committed';
     target ehub.catalogue;
 BEGIN
+    IF keeps_snapshot AND at = 0 THEN
+        PERFORM ehub.hold_current(name);
+    END IF;
     IF at > 0 THEN
         SELECT * INTO target FROM ehub.catalogue AS c
         WHERE c.space = name AND c.version = substr(address, at + 1);
@@ -112,12 +134,34 @@ BEGIN
     END IF;
     IF FOUND THEN
         RETURN target;
+    ELSIF keeps_snapshot AND has_table_privilege(
+        to_regclass('spaces.' || quote_ident(address)), 'SELECT, INSERT, UPDATE, DELETE'
+    ) THEN
+        RAISE EXCEPTION 'space %: % came after the snapshot of this transaction', quote_literal(name),
+            CASE WHEN at > 0 THEN 'this version' ELSE 'the version that is current' END
+            USING ERRCODE = 'serialization_failure', HINT = 'begin the transaction again';
     ELSIF at > 0 AND EXISTS (SELECT FROM ehub.catalogue AS c WHERE c.space = name) THEN
         RAISE EXCEPTION 'space % has no version %', quote_literal(name),
             quote_literal(left(substr(address, at + 1), 60)) USING ERRCODE = 'EH011',
             HINT = 'SELECT version FROM ehub.versions lists them';
     END IF;
     PERFORM ehub.refuse_space(name);
+END $$;
+
+-- Keep the version that a name means from changing until the end of this transaction, for who may read
+-- or write it: whoever makes another one current waits, as for who reads the view.
+CREATE OR REPLACE FUNCTION ehub.hold_current(space text, caller ehub.caller DEFAULT ehub.me())
+RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    me regrole := ehub.role_of(caller);
+BEGIN
+    IF EXISTS (
+        SELECT FROM ehub.space AS s JOIN ehub.version AS v ON v.space_id = s.id
+        WHERE s.name = $1 AND ehub.may_touch(me, v.id)
+    ) AND to_regclass('spaces.' || quote_ident($1)) IS NOT NULL THEN
+        EXECUTE format('LOCK TABLE spaces.%I IN ACCESS SHARE MODE', $1);
+    END IF;
 END $$;
 
 -- Find what an address means, for who may manage that space. To others it is what it is to them:

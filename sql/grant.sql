@@ -326,11 +326,11 @@ DECLARE
     limited boolean := EXISTS (SELECT FROM ehub.policies_due($1));
     change record;
 BEGIN
-    IF limited THEN
-        -- For the searches of those who see few rows. First, while readers are not kept out.
+    IF limited AND to_regclass(format('ehub_data.%I', index)) IS NULL THEN
+        -- For the searches of those who see few rows. First, while readers are not kept out. Not IF NOT
+        -- EXISTS, which waits for the writers before it looks: one of them may be who is to lose a right.
         EXECUTE format(
-            'CREATE INDEX IF NOT EXISTS %I ON %s USING gin (metadata jsonb_path_ops)',
-            index, relation
+            'CREATE INDEX %I ON %s USING gin (metadata jsonb_path_ops)', index, relation
         );
     END IF;
     FOR change IN
@@ -544,9 +544,11 @@ FROM ehub.access AS a
 LEFT JOIN ehub.space AS s ON s.id = a.space_id
 LEFT JOIN ehub.version AS v ON v.id = a.version_id
 LEFT JOIN pg_roles AS r ON r.oid = a.role
-WHERE has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'TRUNCATE')
+WHERE (SELECT ehub.hear_of_revocations()) AND (
+    has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'TRUNCATE')
     OR pg_has_role(r.oid, 'USAGE')
     OR pg_has_role((SELECT n.nspowner FROM pg_namespace AS n WHERE n.nspname = 'ehub'), 'USAGE')
+)
 ORDER BY s.name, v.id, r.rolname, a.id;
 
 -- What one may do, and through which role.
@@ -556,13 +558,17 @@ FROM ehub.access AS a
 JOIN pg_roles AS r ON r.oid = a.role
 LEFT JOIN ehub.space AS s ON s.id = a.space_id
 LEFT JOIN ehub.version AS v ON v.id = a.version_id
-WHERE pg_has_role(r.oid, 'USAGE') AND (s.id IS NOT NULL OR a.privilege = 'create')
+WHERE (SELECT ehub.hear_of_revocations())
+    AND pg_has_role(r.oid, 'USAGE') AND (s.id IS NOT NULL OR a.privilege = 'create')
     AND NOT pg_has_role((SELECT n.nspowner FROM pg_namespace AS n WHERE n.nspname = 'ehub'), 'USAGE')
 UNION ALL
 SELECT s.name, NULL, 'admin', NULL, n.nspowner::regrole::text
 FROM pg_namespace AS n LEFT JOIN ehub.space AS s ON true
-WHERE n.nspname = 'ehub' AND s.id IS NOT NULL AND pg_has_role(n.nspowner, 'USAGE')
+WHERE (SELECT ehub.hear_of_revocations())
+    AND n.nspname = 'ehub' AND s.id IS NOT NULL AND pg_has_role(n.nspowner, 'USAGE')
 UNION ALL
 SELECT NULL, NULL, 'create', NULL, n.nspowner::regrole::text
-FROM pg_namespace AS n WHERE n.nspname = 'ehub' AND pg_has_role(n.nspowner, 'USAGE')
+FROM pg_namespace AS n
+WHERE (SELECT ehub.hear_of_revocations())
+    AND n.nspname = 'ehub' AND pg_has_role(n.nspowner, 'USAGE')
 ORDER BY 1 NULLS FIRST, 2 NULLS FIRST, 3;

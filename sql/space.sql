@@ -42,7 +42,7 @@ BEGIN
     END IF;
     first := ehub.add_version(made, 'v1', $2, $3, $4, $5, $6, NULL, $7);
     UPDATE ehub.space SET current_version_id = first WHERE id = made;
-    PERFORM ehub.show_version($1, first);
+    PERFORM ehub.make_current($1, first);
     INSERT INTO ehub.access (space_id, role, privilege, rows, granted_by)
     SELECT made, a.role, a.privilege, a.rows, a.granted_by
     FROM ehub.access AS a WHERE a.space_id IS NULL AND a.privilege <> 'create'
@@ -125,8 +125,28 @@ BEGIN
     RETURN version_id;
 END $$;
 
--- Show a version by the name of its space. In one moment: grants on the view stay, and so do the
--- statements that are under way, on the version that they began with.
+-- Let the name of a space mean one of its versions: its view shows it, and it gets the mark of the current
+-- version from the one that had it. In one moment: grants on the view stay, and so do the statements
+-- that are under way, on the version that they began with.
+--
+-- The mark is an object in the catalogues, because these are looked up as they are at the moment, also by
+-- a transaction with an older snapshot: to just such a one a view is what it is at the moment.
+CREATE OR REPLACE FUNCTION ehub.make_current(space text, version_id bigint) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    mark regclass;
+BEGIN
+    PERFORM ehub.show_version(space, version_id);
+    FOR mark IN
+        SELECT ehub.mark_of(v.id) FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id
+        WHERE s.name = make_current.space AND ehub.mark_of(v.id) IS NOT NULL
+    LOOP
+        EXECUTE format('DROP TYPE %s', mark);
+    END LOOP;
+    EXECUTE format('CREATE TYPE ehub_data.%I AS ()', 'current_v' || version_id);
+END $$;
+
+-- Show a version by the name of its space, or by its address.
 CREATE OR REPLACE FUNCTION ehub.show_version(space text, version_id bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -220,6 +240,7 @@ BEGIN
     EXECUTE format('DROP TABLE ehub_data.%I', 'v' || version_id);
     EXECUTE format('DROP TABLE IF EXISTS ehub_data.%I', 'h' || version_id);
     EXECUTE format('DROP FUNCTION IF EXISTS ehub_data.%I', 'keep_v' || version_id);
+    EXECUTE format('DROP TYPE IF EXISTS ehub_data.%I', 'current_v' || version_id);
     PERFORM ehub.drop_checks(version_id);
     DELETE FROM ehub.change AS c WHERE c.version_id = $3;
     DELETE FROM ehub.version AS v WHERE v.id = $3;

@@ -18,8 +18,8 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'field_path', 'field_steps', 'field_value', 'filter_condition', 'filter_fields',
         'filter_of_field', 'filter_of_index', 'filter_parts', 'filter_path', 'filter_text',
         'filter_with_index', 'get', 'has_distances', 'has_filter', 'has_keys', 'hides_rows',
-        'holder', 'implies', 'in_turns', 'index_missing', 'indexes_for', 'joined',
-        'kept_metadata', 'known_rows', 'mean_of_examples', 'merge_staged', 'nearest',
+        'hear_of_revocations', 'holder', 'implies', 'in_turns', 'index_missing', 'indexes_for', 'joined',
+        'kept_metadata', 'known_rows', 'mark_of', 'mean_of_examples', 'merge_staged', 'nearest',
         'nearest_at', 'nearest_exact', 'nearest_exact_to', 'nearest_like', 'nearest_many',
         'nearest_of_batch', 'nearest_to', 'object_of', 'overlap', 'overlap_of_queries',
         'owner', 'partitions', 'reattach', 'refuse_average', 'refuse_filter', 'refuse_key',
@@ -31,7 +31,8 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'rows_of', 'set', 'shared', 'space_of', 'stage', 'still_is', 'stop_writers', 'tree_of',
         'unlogged', 'uuid_keys', 'whole_setting', 'within', 'write_staged',
         -- With the owner's rights, for callers who see all rows of a version; of who calls.
-        'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_log', 'images', 'lag',
+        'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_current', 'hold_log',
+        'images', 'lag',
         'me', 'sees_all', 'this_statement',
         -- For replicas: to such callers, or to whoever knows what it was given before.
         'acknowledge', 'acknowledged', 'forget_replica', 'recognise', 'release_log', 'report',

@@ -247,7 +247,7 @@ BEGIN
     PERFORM ehub.in_turns(
         format('spaces.%I', target.space),
         format(
-            'SELECT ehub.show_version(%1$L, %2$s), ehub.show_followers(%1$L, %2$s)',
+            'SELECT ehub.make_current(%1$L, %2$s), ehub.show_followers(%1$L, %2$s)',
             target.space, target.version_id
         ),
         patience
@@ -407,8 +407,14 @@ ORDER BY c.space, c.version_id;
 CREATE OR REPLACE VIEW ehub.promotions WITH (security_barrier) AS
 SELECT s.name AS space, p.at, p.by, p.kind, p.from_version, p.to_version
 FROM ehub.promotion AS p JOIN ehub.space AS s ON s.id = p.space_id
-WHERE has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'SELECT')
+WHERE (SELECT ehub.hear_of_revocations())
+    AND has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'SELECT')
 ORDER BY p.id DESC;
+
+-- Current versions that are older than their mark.
+SELECT ehub.make_current(s.name, s.current_version_id) FROM ehub.space AS s
+WHERE ehub.mark_of(s.current_version_id) IS NULL
+    AND to_regclass('ehub_data.v' || s.current_version_id) IS NOT NULL;
 
 -- Versions that are older than their views.
 SELECT ehub.show_version(s.name || '@' || v.name, v.id)

@@ -173,6 +173,9 @@ FUNCTIONS = {
     "choice": (ANYBODY, "ehub.choice('ehub.mode', 'auto', 'exact')"),
     "condition": (ANYBODY, "ehub.condition('{\"a\": 1}')"),
     "distance_operator": (ANYBODY, "ehub.distance_operator('l2')"),
+    "hear_of_revocations": (ANYBODY, "ehub.hear_of_revocations()"),
+    "hold_current": (SILENT, "ehub.hold_current('secret')"),
+    "mark_of": (ANYBODY, "ehub.mark_of(1)"),
     "me": (ANYBODY, "ehub.me()"),
     "this_statement": (ANYBODY, "ehub.this_statement()"),
     "recognise": (ANYBODY, "ehub.recognise()"),
@@ -295,7 +298,7 @@ FUNCTIONS = {
             "end_of_grant",
         ),
         *("index_of", "is_owner", "is_warm", "keep_images", "last_promotion", "limits_of"),
-        *("lock_space", "log_action", "log_change", "manages", "may_touch"),
+        *("lock_space", "log_action", "log_change", "make_current", "manages", "may_touch"),
         *(
             "policies_due",
             "policies_of_grants",
