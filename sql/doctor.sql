@@ -113,6 +113,11 @@ BEGIN
     GROUP BY c.oid, r.rolname;
 
     RETURN QUERY
+    SELECT 'space ' || s.name, 'the mark of the current version is not on the one that is current',
+        'mark it'
+    FROM ehub.space AS s WHERE NOT ehub.is_marked(s);
+
+    RETURN QUERY
     SELECT p.oid::regprocedure::text, problem, remedy
     FROM pg_proc AS p CROSS JOIN LATERAL (VALUES
         (
@@ -148,6 +153,16 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     FROM pg_policy AS p WHERE p.polrelid = relation AND p.polname = name
 $$;
 
+-- Whether the current version of a space has its mark, and no other one (ehub.make_current).
+CREATE OR REPLACE FUNCTION ehub.is_marked(space ehub.space) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT coalesce(bool_and(
+        (ehub.mark_of(v.id) IS NOT NULL) = (v.id = space.current_version_id)
+    ), true)
+    FROM ehub.version AS v
+    WHERE v.space_id = space.id AND to_regclass('ehub_data.v' || v.id) IS NOT NULL
+$$;
+
 -- Put right what ehub.drift finds and has a remedy for; returns what that was.
 CREATE OR REPLACE FUNCTION ehub.mend()
 RETURNS TABLE (subject text, problem text, remedy text)
@@ -168,6 +183,8 @@ BEGIN
         PERFORM ehub.lock_space(one.name);
         PERFORM ehub.apply_access(one.id);
     END LOOP;
+    PERFORM ehub.make_current(s.name, s.current_version_id)
+    FROM ehub.space AS s WHERE NOT ehub.is_marked(s);
     FOR one IN
         SELECT p.oid::regprocedure AS name FROM pg_proc AS p
         WHERE p.pronamespace IN ('ehub'::regnamespace, 'ehub_data'::regnamespace)

@@ -297,7 +297,7 @@ FUNCTIONS = {
             "drop_checks",
             "end_of_grant",
         ),
-        *("index_of", "is_owner", "is_warm", "keep_images", "last_promotion", "limits_of"),
+        *("index_of", "is_marked", "is_owner", "is_warm", "keep_images", "last_promotion", "limits_of"),
         *("lock_space", "log_action", "log_change", "make_current", "manages", "may_touch"),
         *(
             "policies_due",
