@@ -58,15 +58,17 @@ BEGIN
                 ELSE
                     INSERT INTO ehub.change (version_id, keys)
                     SELECT %4$s, array_agg(key) FROM (
+                        -- As bytes: their own type may take two keys for one.
                         SELECT key, row_number() OVER () / 10000 AS part FROM (
-                            SELECT concat(n.%2$I) AS key FROM new_rows AS n
-                            UNION SELECT concat(o.%2$I) FROM old_rows AS o
+                            SELECT concat(n.%2$I) COLLATE "C" AS key FROM new_rows AS n
+                            UNION SELECT concat(o.%2$I) COLLATE "C" FROM old_rows AS o
                         ) AS changed
                     ) AS rows GROUP BY part;
                 END IF;
                 IF FOUND THEN
                     PERFORM ehub.ring();
                 END IF;
+                PERFORM ehub.note_logged(TG_RELID);
                 RETURN NULL;
             END
             $body$,
@@ -95,33 +97,25 @@ END $$;
 
 -- Have changes of a table logged, by its owner.
 --
--- Of an ordinary table a statement at a time; what replication applies comes a row at a time, and fires
--- just the triggers that say so. Partitions can be written by themselves, which fires no trigger of the
--- whole; and triggers that all of them have, those to come too, know no statements.
+-- Of an ordinary table as of ehub's own (ehub.add_triggers). Partitions can be written by themselves, which
+-- fires no trigger of the whole; and triggers that all of them have, those to come too, know no statements.
 CREATE OR REPLACE FUNCTION ehub.add_attached_triggers(version_id bigint, relation regclass)
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     prefix text := format('ehub_v%s_', version_id);
     call text := format('ehub_data.%I()', 'log_v' || version_id);
-    partitioned boolean := (SELECT c.relkind = 'p' FROM pg_class AS c WHERE c.oid = relation);
 BEGIN
-    IF partitioned THEN
-        EXECUTE format(
-            'CREATE TRIGGER %I AFTER TRUNCATE ON %s FOR EACH STATEMENT EXECUTE FUNCTION %s',
-            prefix || 'truncate', relation, call
-        );
-    ELSE
-        PERFORM ehub.add_statement_triggers(relation::text, prefix, call);
+    IF (SELECT c.relkind <> 'p' FROM pg_class AS c WHERE c.oid = relation) THEN
+        PERFORM ehub.add_triggers(relation::text, prefix, call);
+        RETURN;
     END IF;
     EXECUTE format(
-        'CREATE TRIGGER %I AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW EXECUTE FUNCTION %s',
-        prefix || 'row', relation, call
-    );
-    EXECUTE format(
-        'ALTER TABLE %1$s ENABLE ALWAYS TRIGGER %2$I, ENABLE %4$s TRIGGER %3$I',
-        relation, prefix || 'truncate', prefix || 'row',
-        CASE WHEN partitioned THEN 'ALWAYS' ELSE 'REPLICA' END
+        'CREATE TRIGGER %2$I AFTER TRUNCATE ON %1$s FOR EACH STATEMENT EXECUTE FUNCTION %4$s;'
+        'CREATE TRIGGER %3$I AFTER INSERT OR UPDATE OR DELETE ON %1$s'
+        ' FOR EACH ROW EXECUTE FUNCTION %4$s;'
+        'ALTER TABLE %1$s ENABLE ALWAYS TRIGGER %2$I, ENABLE ALWAYS TRIGGER %3$I',
+        relation, prefix || 'truncate', prefix || 'row', call
     );
 END $$;
 

@@ -453,7 +453,8 @@ BEGIN
     );
 END $$;
 
--- Whether some change of a table would not be logged: see ehub.add_attached_triggers.
+-- Whether some change of a table would not be logged: see ehub.add_triggers and, for attached tables,
+-- ehub.add_attached_triggers.
 CREATE OR REPLACE FUNCTION ehub.unlogged(version_id bigint, relation regclass) RETURNS boolean
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
@@ -468,7 +469,9 @@ BEGIN
                 count(*) FILTER (WHERE t.tgenabled IN ('R', 'A') AND t.tgtype & 1 = 1) AS replica,
                 count(*) FILTER (WHERE t.tgenabled = 'A') AS always
             FROM pg_trigger AS t
-            WHERE t.tgrelid = c.oid AND t.tgfoid = to_regproc('ehub_data.log_v' || $1)
+            WHERE t.tgrelid = c.oid AND t.tgfoid = coalesce(
+                to_regproc('ehub_data.log_v' || $1), 'ehub.log_change'::regproc
+            )
         ) AS t
         WHERE c.oid = ANY (ehub.tree_of($2))
     );

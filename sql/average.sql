@@ -306,7 +306,6 @@ RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     followed text := format('ehub_data.%I', 'v' || source);
-    relation text := format('ehub_data.%I', 'v' || version_id);
 BEGIN
     EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', followed);
     EXECUTE format(
@@ -325,16 +324,19 @@ BEGIN
     );
     PERFORM ehub.create_follower(kept, source, version_id);
     EXECUTE ehub.averages_statement(kept, source, version_id, everything => true);
-    PERFORM ehub.add_statement_triggers(
-        followed, 'ehub_average_' || version_id || '_',
-        format('ehub_data.%I()', 'follow_v' || version_id)
-    );
-    EXECUTE format(
-        'CREATE TRIGGER ehub_average BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s'
-        ' FOR EACH STATEMENT EXECUTE FUNCTION ehub.refuse_direct_write(%L)',
-        relation, (SELECT s.name FROM ehub.space AS s WHERE s.id = kept.space_id)
-    );
+    PERFORM ehub.add_follower_triggers(source, version_id);
+    PERFORM ehub.add_refusal(version_id, 'ehub_average', format(
+        'ehub.refuse_direct_write(%L)', (SELECT s.name FROM ehub.space AS s WHERE s.id = kept.space_id)
+    ));
 END $$;
+
+CREATE OR REPLACE FUNCTION ehub.add_follower_triggers(source bigint, version_id bigint) RETURNS void
+LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    SELECT ehub.add_triggers(
+        format('ehub_data.%I', 'v' || source), 'ehub_average_' || version_id || '_',
+        format('ehub_data.%I()', 'follow_v' || version_id)
+    )
+$$;
 
 -- The statement that writes the averages of the values that `touched` holds, or of all.
 CREATE OR REPLACE FUNCTION ehub.averages_statement(
@@ -382,7 +384,7 @@ $$;
 
 -- The trigger function that keeps a version of averages: one of its own for each, whose statements are
 -- planned once a session. It has its owner's rights, because those who write to the source have none on
--- the averages; it reads nothing but the transition tables and the source, and only the owner can
+-- the averages; it reads nothing but the rows that were changed and the source, and only the owner can
 -- attach it to a table.
 --
 -- Two transactions that change rows of the same value must not each compute its average without the
@@ -414,7 +416,13 @@ BEGIN
             DECLARE
                 touched text[];
             BEGIN
-                IF TG_OP = 'INSERT' THEN
+                IF TG_LEVEL = 'ROW' THEN
+                    SELECT array_agg(DISTINCT r.value) INTO touched
+                    FROM (
+                        SELECT %2$s AS value FROM unnest(ARRAY[OLD.metadata, NEW.metadata]) AS metadata
+                    ) AS r
+                    WHERE r.value IS NOT NULL;
+                ELSIF TG_OP = 'INSERT' THEN
                     SELECT array_agg(DISTINCT r.value) INTO touched
                     FROM (SELECT %2$s AS value FROM new_rows) AS r WHERE r.value IS NOT NULL;
                 ELSIF TG_OP = 'UPDATE' THEN
@@ -459,7 +467,11 @@ BEGIN
     ) THEN
         PERFORM ehub.refuse_average(TG_ARGV[0]);
     END IF;
-    RETURN NULL;
+    -- What is returned counts for the row trigger.
+    IF TG_OP = 'DELETE' THEN
+        RETURN OLD;
+    END IF;
+    RETURN NEW;
 END $$;
 
 CREATE OR REPLACE FUNCTION ehub.refuse_average(space text) RETURNS void

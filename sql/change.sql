@@ -18,9 +18,9 @@ BEGIN
     END IF;
 END $$;
 
--- The statement triggers of every data table. Argument: the version's id. A definer's function,
--- because writers have rights on their table and none on the log; it reads nothing but the
--- transition tables, and only the owner can attach it to a table.
+-- The log triggers of every data table (ehub.add_triggers). Argument: the version's id. A definer's
+-- function, because writers have rights on their table and none on the log; it reads nothing but the
+-- rows that were changed, and only the owner can attach it to a table.
 --
 -- Keys are logged in parts, for the sake of those who read them.
 CREATE OR REPLACE FUNCTION ehub.log_change() RETURNS trigger
@@ -28,7 +28,11 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     version bigint := TG_ARGV[0];
 BEGIN
-    IF TG_OP = 'INSERT' THEN
+    IF TG_LEVEL = 'ROW' THEN
+        INSERT INTO ehub.change (version_id, keys)
+        SELECT version, array_agg(DISTINCT key)
+        FROM unnest(ARRAY[OLD.key, NEW.key]) AS key WHERE key IS NOT NULL;
+    ELSIF TG_OP = 'INSERT' THEN
         INSERT INTO ehub.change (version_id, keys)
         SELECT version, array_agg(key)
         FROM (SELECT key, row_number() OVER () / 10000 AS part FROM new_rows) AS rows
@@ -53,6 +57,7 @@ BEGIN
     IF FOUND THEN
         PERFORM ehub.ring();
     END IF;
+    PERFORM ehub.note_logged(TG_RELID);
     RETURN NULL;
 END $$;
 

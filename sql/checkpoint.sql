@@ -39,13 +39,13 @@ END $$;
 
 -- The table of images, and the trigger function that fills it: a function of its own for each
 -- version, whose statements are planned once a session. It has its owner's rights, because writers
--- have none on the images; it reads nothing but the transition tables and the table that is being
+-- have none on the images; it reads nothing but the rows that were changed and the table that is being
 -- truncated, and only the owner can attach it to a table. Its argument is the latest checkpoint.
 CREATE OR REPLACE FUNCTION ehub.create_images(version_id bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     EXECUTE format(
-        'CREATE TABLE ehub_data.%I ('
+        'CREATE TABLE IF NOT EXISTS ehub_data.%I ('
         ' key text, checkpoint bigint, embedding @vector@.vector STORAGE MAIN, metadata jsonb,'
         ' PRIMARY KEY (key, checkpoint))',
         'h' || version_id
@@ -57,7 +57,17 @@ BEGIN
             DECLARE
                 latest bigint := TG_ARGV[0];
             BEGIN
-                IF TG_OP = 'UPDATE' THEN
+                IF TG_LEVEL = 'ROW' THEN
+                    IF TG_OP <> 'INSERT' THEN
+                        INSERT INTO ehub_data.%2$I
+                        VALUES (OLD.key, latest, OLD.embedding, OLD.metadata)
+                        ON CONFLICT DO NOTHING;
+                    END IF;
+                    IF TG_OP <> 'DELETE' AND NEW.key IS DISTINCT FROM OLD.key THEN
+                        INSERT INTO ehub_data.%2$I VALUES (NEW.key, latest)
+                        ON CONFLICT DO NOTHING;
+                    END IF;
+                ELSIF TG_OP = 'UPDATE' THEN
                     INSERT INTO ehub_data.%2$I
                     SELECT o.key, latest, o.embedding, o.metadata FROM old_rows AS o
                     WHERE NOT EXISTS (
@@ -99,34 +109,16 @@ DECLARE
     latest bigint := (
         SELECT max(c.id) FROM ehub.checkpoint AS c WHERE c.version_id = $1
     );
-    trigger record;
+    relation text := format('ehub_data.%I', 'v' || version_id);
 BEGIN
-    FOR trigger IN
-        VALUES
-            ('INSERT', 'AFTER', 'REFERENCING NEW TABLE AS new_rows'),
-            ('UPDATE', 'AFTER', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'),
-            ('DELETE', 'AFTER', 'REFERENCING OLD TABLE AS old_rows'),
-            ('TRUNCATE', 'BEFORE', '')
-    LOOP
-        IF latest IS NULL THEN
-            -- To drop it would keep readers out.
-            EXECUTE format(
-                'ALTER TABLE ehub_data.%I DISABLE TRIGGER %I',
-                'v' || version_id, 'ehub_keep_' || lower(trigger.column1)
-            );
-        ELSE
-            EXECUTE format(
-                'CREATE OR REPLACE TRIGGER %I %s %s ON ehub_data.%I %s'
-                ' FOR EACH STATEMENT EXECUTE FUNCTION ehub_data.%I(%L)',
-                'ehub_keep_' || lower(trigger.column1), trigger.column2, trigger.column1,
-                'v' || version_id, trigger.column3, 'keep_v' || version_id, latest
-            );
-            EXECUTE format(
-                'ALTER TABLE ehub_data.%I ENABLE TRIGGER %I',
-                'v' || version_id, 'ehub_keep_' || lower(trigger.column1)
-            );
-        END IF;
-    END LOOP;
+    IF latest IS NULL THEN
+        -- To drop them would keep readers out.
+        PERFORM ehub.switch_triggers(relation, 'ehub_keep_', 'DISABLE');
+        RETURN;
+    END IF;
+    PERFORM ehub.add_triggers(
+        relation, 'ehub_keep_', format('ehub_data.%I(%L)', 'keep_v' || version_id, latest), 'BEFORE'
+    );
 END $$;
 
 -- The id of a checkpoint; one that is unknown is an error.
@@ -301,3 +293,7 @@ SELECT
     c.space, c.version, p.name AS checkpoint, p.created_at, p.created_by, c.version_id, p.id
 FROM ehub.checkpoint AS p JOIN ehub.catalogue AS c ON c.version_id = p.version_id
 ORDER BY c.space, c.version_id, p.id;
+
+-- Images that are older than what keeps them.
+SELECT ehub.create_images(v.id) FROM ehub.version AS v
+WHERE to_regclass('ehub_data.h' || v.id) IS NOT NULL;

@@ -113,6 +113,11 @@ BEGIN
     GROUP BY c.oid, r.rolname;
 
     RETURN QUERY
+    SELECT 'ehub_data.v' || v.id, ehub.wrong_triggers(v.id), 'put them right'
+    FROM ehub.version AS v
+    WHERE to_regclass('ehub_data.v' || v.id) IS NOT NULL AND ehub.wrong_triggers(v.id) IS NOT NULL;
+
+    RETURN QUERY
     SELECT 'space ' || s.name, 'the mark of the current version is not on the one that is current',
         'mark it'
     FROM ehub.space AS s WHERE NOT ehub.is_marked(s);
@@ -183,6 +188,7 @@ BEGIN
         PERFORM ehub.lock_space(one.name);
         PERFORM ehub.apply_access(one.id);
     END LOOP;
+    PERFORM ehub.tend_triggers('1 minute');
     PERFORM ehub.make_current(s.name, s.current_version_id)
     FROM ehub.space AS s WHERE NOT ehub.is_marked(s);
     FOR one IN

@@ -470,6 +470,7 @@ BEGIN
             PERFORM ehub.apply_policies(version.id);
         END IF;
     END LOOP;
+    PERFORM ehub.tend_triggers();
     PERFORM ehub.tend_attached();
 END $$;
 

@@ -3,9 +3,9 @@
 -- The indexes that a replica may keep for this role: those whose rows it may know all of, by the
 -- condition that says which these are (NULL for all of them). Those over limited rows are for the
 -- index service. The one over all rows is kept by partitions where there are some. `source` is what to
--- read, `by_keys` the condition for some keys of it. Of attached tables: the token under which they are
--- read, whether their functions were made for another shape, why no index can follow them, and the
--- shape under which filters are read.
+-- read, `by_keys` the condition for some keys of it; `token` stands for the table as long as all changes of
+-- it are logged, and `problem` says why no index can follow it. Of attached tables: whether their
+-- functions were made for another shape, and the shape under which filters are read.
 CREATE OR REPLACE VIEW ehub.indexes WITH (security_barrier) AS
 SELECT
     c.space, c.version, c.version_id, c.dims, c.metric, i.id AS index_id, i.m, i.ef_construction,
@@ -25,14 +25,18 @@ SELECT
     END AS source,
     ehub.has_keys(c, '$1', 'rows') AS by_keys,
     c.relation IS NOT NULL AS attached,
-    CASE WHEN c.relation IS NOT NULL THEN
-        ehub.attached_token(c.version_id, a.relation, a.column_name, a.column_number)
+    CASE
+        WHEN c.relation IS NULL THEN ehub.own_token(c.version_id)
+        ELSE ehub.attached_token(c.version_id, a.relation, a.column_name, a.column_number)
     END AS token,
     CASE WHEN c.relation IS NOT NULL THEN a.shape <> ehub.attached_shape(a.relation) END AS outdated,
-    CASE WHEN c.relation IS NOT NULL THEN ehub.attached_problem(
-        c.version_id, a.relation, a.column_name, a.column_number, c.dims,
-        quote_ident(current_user)::regrole
-    ) END AS problem,
+    CASE
+        WHEN c.relation IS NULL THEN ehub.own_problem(c.version_id)
+        ELSE ehub.attached_problem(
+            c.version_id, a.relation, a.column_name, a.column_number, c.dims,
+            quote_ident(current_user)::regrole
+        )
+    END AS problem,
     CASE WHEN c.relation IS NOT NULL THEN ehub.attached_shape(a.relation) END AS shape
 FROM ehub.catalogue AS c
 JOIN ehub.index AS i ON i.version_id = c.version_id

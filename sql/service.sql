@@ -227,7 +227,8 @@ DECLARE
     life ehub.incarnation;
     index_id bigint;
     attached ehub.attachment;
-    -- What the index has to be as of: the life of the database, and the state of an attached table.
+    -- What the index has to be as of: the life of the database, and what changes with its table where
+    -- that may have changed without being logged.
     state text;
     proposed_under text;
     statement text;
@@ -245,6 +246,11 @@ BEGIN
     life := ehub.incarnation();
     IF life.token IS NULL THEN
         reason := ehub.service_missing();
+        RETURN;
+    END IF;
+    IF ehub.has_unlogged_changes(version_id) THEN
+        -- The index would be taken to know them.
+        reason := 'the statement that is under way changes the rows';
         RETURN;
     END IF;
     IF k > 10000 THEN
@@ -266,7 +272,9 @@ BEGIN
     END IF;
     state := life.token;
     SELECT * INTO attached FROM ehub.attachment AS a WHERE a.version_id = $1;
-    IF FOUND THEN
+    IF NOT FOUND THEN
+        state := state || '/' || ehub.own_token($1);
+    ELSE
         IF attached.shape <> ehub.attached_shape(attached.relation) THEN
             reason := 'its table was altered a moment ago';
             RETURN;

@@ -174,36 +174,6 @@ BEGIN
     );
 END $$;
 
-CREATE OR REPLACE FUNCTION ehub.create_log_triggers(version_id bigint) RETURNS void
-LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
-    SELECT ehub.add_statement_triggers(
-        format('ehub_data.%I', 'v' || version_id), 'ehub_log_',
-        format('ehub.log_change(%L)', version_id)
-    )
-$$;
-
--- Have a function called after every statement that changes a relation, with what it changed in tables
--- new_rows and old_rows.
-CREATE OR REPLACE FUNCTION ehub.add_statement_triggers(relation text, prefix text, call text)
-RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    trigger record;
-BEGIN
-    FOR trigger IN
-        VALUES
-            ('INSERT', 'REFERENCING NEW TABLE AS new_rows'),
-            ('UPDATE', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'),
-            ('DELETE', 'REFERENCING OLD TABLE AS old_rows'),
-            ('TRUNCATE', '')
-    LOOP
-        EXECUTE format(
-            'CREATE TRIGGER %I AFTER %s ON %s %s FOR EACH STATEMENT EXECUTE FUNCTION %s',
-            prefix || lower(trigger.column1), trigger.column1, relation, trigger.column2, call
-        );
-    END LOOP;
-END $$;
-
 -- Delete a space with all its versions. It waits for those who use them. For its admins.
 CREATE OR REPLACE FUNCTION ehub.delete_space(
     name text,

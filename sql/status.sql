@@ -60,9 +60,9 @@ SELECT
     r.recall,
     r.memory,
     r.reported_at,
-    coalesce(a.problem, r.last_error) AS last_error,
+    coalesce(p.problem, r.last_error) AS last_error,
     coalesce(
-        'exact: ' || coalesce(a.problem, ehub.service_missing()), 'by the index service'
+        'exact: ' || coalesce(p.problem, ehub.service_missing()), 'by the index service'
     ) AS in_sql,
     coalesce(i.id, c.index_id) AS index_id,
     c.current,
@@ -70,6 +70,9 @@ SELECT
     i.name AS index
 FROM ehub.catalogue AS c
 LEFT JOIN ehub.attached AS a ON a.version_id = c.version_id
+CROSS JOIN LATERAL (
+    SELECT CASE WHEN c.relation IS NULL THEN ehub.own_problem(c.version_id) ELSE a.problem END AS problem
+) AS p
 LEFT JOIN (
     ehub.index AS i
     LEFT JOIN ehub.replica AS r ON r.index_id = i.id AND r.expires_at > clock_timestamp()

@@ -6,7 +6,7 @@ CREATE OR REPLACE FUNCTION ehub.for_everybody() RETURNS name[]
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT ARRAY[
         -- Rows, under the caller's own rights.
-        'add_attached_triggers', 'add_statement_triggers', 'address', 'as_metadata',
+        'add_attached_triggers', 'add_triggers', 'address', 'as_metadata',
         'attach', 'attached_column', 'attached_condition', 'attached_fields',
         'attached_key', 'attached_problem', 'attached_rows', 'attached_shape',
         'attached_token', 'average', 'average_steps', 'average_value', 'average_weight',
@@ -22,13 +22,14 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'kept_metadata', 'known_rows', 'mark_of', 'mean_of_examples', 'merge_staged', 'nearest',
         'nearest_at', 'nearest_exact', 'nearest_exact_to', 'nearest_like', 'nearest_many',
         'nearest_of_batch', 'nearest_to', 'object_of', 'overlap', 'overlap_of_queries',
-        'owner', 'partitions', 'reattach', 'refuse_average', 'refuse_filter', 'refuse_key',
+        'own_problem', 'own_token', 'owner', 'partitions', 'reattach', 'refuse_average', 'refuse_filter', 'refuse_key',
         'refuse_partition', 'refuse_row', 'refuse_space', 'relation_at', 'relation_of_diff',
         'require_attachable', 'require_checkpoint', 'require_exact_is_allowed',
         'require_keys', 'require_name', 'require_own', 'require_partition',
         'require_partition_field', 'require_query', 'require_read_committed',
         'require_scalar', 'require_shape', 'require_space', 'require_usable', 'rows_at',
-        'rows_of', 'set', 'shared', 'space_of', 'stage', 'still_is', 'stop_writers', 'tree_of',
+        'rows_of', 'set', 'shared', 'space_of', 'stage', 'still_is', 'stop_writers', 'switch_triggers',
+        'tree_of',
         'unlogged', 'uuid_keys', 'whole_setting', 'within', 'write_staged',
         -- With the owner's rights, for callers who see all rows of a version; of who calls.
         'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_current', 'hold_log',
@@ -99,6 +100,8 @@ BEGIN
     END LOOP;
 END $$;
 
+-- Triggers that are older than these functions.
+SELECT ehub.tend_triggers('10 seconds');
 SELECT ehub.apply_usage();
 -- A function that was made anew has lost who may call it.
 SELECT ehub.apply_create();

@@ -298,18 +298,14 @@ CREATE OR REPLACE FUNCTION ehub.freeze(
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     target ehub.catalogue := ehub.require_admin(caller, address);
-    relation text := format('ehub_data.%I', 'v' || target.version_id);
 BEGIN
     PERFORM ehub.require_no_average(address);
     PERFORM ehub.require_own(target.space, 'it cannot be frozen');
     PERFORM ehub.stop_writers(target);
-    EXECUTE format(
-        'CREATE OR REPLACE TRIGGER ehub_frozen BEFORE INSERT OR UPDATE OR DELETE OR TRUNCATE ON %s'
-        ' FOR EACH STATEMENT EXECUTE FUNCTION ehub.refuse_write(%L, %L)',
-        relation, target.space, target.version
+    PERFORM ehub.add_refusal(
+        target.version_id, 'ehub_frozen',
+        format('ehub.refuse_write(%L, %L)', target.space, target.version)
     );
-    -- Also where replication applies rows.
-    EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER ehub_frozen', relation);
     UPDATE ehub.version AS v SET frozen_at = clock_timestamp()
     WHERE v.id = target.version_id AND v.frozen_at IS NULL;
     PERFORM ehub.log_action(

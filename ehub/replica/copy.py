@@ -25,6 +25,7 @@ from ehub.index import (
     AnyIndex,
     HnswIndex,
     IndexStore,
+    Manifest,
     Members,
     PartitionedIndex,
     build_index,
@@ -58,6 +59,8 @@ _REPORT_SECONDS = 10.0
 # A saved index is worth its log for a day; one that lives in memory has to show that it lives.
 _SAVED_LEASE = "1 day"
 _MEMORY_LEASE = "5 minutes"
+# Beside the parameters in a manifest: what the table was when the index equalled it.
+_EQUAL_UNDER = "equal_under"
 
 # A backlog from here on is a job.
 _LARGE_BACKLOG = 5000
@@ -495,7 +498,7 @@ class Copy:
         before, self.unacknowledged = self.unacknowledged, set()
         self.unsaved = False
         self.saved_at = time.monotonic()
-        finish = self.store.begin_save(index, self.entry.build_parameters(), str(watermark))
+        finish = self._write(index, watermark)
 
         def save() -> None:
             try:
@@ -510,6 +513,11 @@ class Copy:
 
         self._submit("save", save)
 
+    def _write(self, index: AnyIndex, watermark: Watermark) -> Callable[[], Manifest]:
+        """Begin to save an index that equals its table at a watermark."""
+        build = self.entry.build_parameters() | {_EQUAL_UNDER: list(self.equal_under)}
+        return self.store.begin_save(index, build, str(watermark))
+
     def leave(self) -> None:
         """Save the last state, so that the next start has little to do. No job may be under way."""
         index, watermark = self.index, self.watermark
@@ -519,9 +527,7 @@ class Copy:
                     self.forget(connection)
                 elif index is not None and watermark is not None and self.serving():
                     if self.unsaved:
-                        finish = self.store.begin_save(
-                            index, self.entry.build_parameters(), str(watermark)
-                        )
+                        finish = self._write(index, watermark)
                         self._acknowledge(connection, watermark, uuid.UUID(finish().nonce))
                     self.reported = []
                     self._report(connection, time.monotonic())
@@ -620,8 +626,11 @@ class Copy:
             if self.owner:
                 self.id = store.identity()
             manifest = store.manifest()
-            index = None
-            if manifest is not None and manifest.build == entry.build_parameters():
+            index = equal_under = None
+            if manifest is not None:
+                build = dict(manifest.build)
+                equal_under = build.pop(_EQUAL_UNDER, None)
+            if manifest is not None and build == entry.build_parameters():
                 with self._shared.long_work():
                     index = store.load(manifest)
         except IndexFileError as error:
@@ -633,7 +642,7 @@ class Copy:
         watermark = Watermark.parse(manifest.watermark)
         with self._shared.database.connection() as connection:
             nonce = acknowledged_nonce(connection, store.identity(), entry.index_id)
-            known = nonce == uuid.UUID(manifest.nonce)
+            known = nonce == uuid.UUID(manifest.nonce) and equal_under == list(entry.state)
             if known and self.owner:
                 self.acknowledged, self.nonce = watermark, nonce
             elif known:

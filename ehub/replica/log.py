@@ -49,8 +49,9 @@ class Entry(NamedTuple):
     whole: bool
     source: Any
     by_keys: Any
-    # An attached table is somebody else's, who may alter it: what is the same while every change of
-    # it is logged, whether its functions were made for another shape, why it cannot be followed.
+    # An attached table is somebody else's, who may alter it. Of any: what is the same while every
+    # change of it is logged, whether its functions were made for another shape (of an attached one),
+    # why it cannot be followed.
     attached: bool
     token: str | None
     outdated: bool | None
@@ -90,7 +91,6 @@ class Entry(NamedTuple):
             "m": self.m,
             "ef_construction": self.ef_construction,
             "partition_by": self.partition_by,
-            **({"state": list(self.state)} if self.attached else {}),
         }
 
 

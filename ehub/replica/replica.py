@@ -506,13 +506,13 @@ class Replica:
         if now - self._tended_at > _POLL_SECONDS and any(
             entry.outdated or entry.problem for entry in entries
         ):
-            # Somebody has altered an attached table.
+            # Somebody has altered a table, or switched off triggers.
             self._tended_at = now
             may = worker.execute(
                 "SELECT has_function_privilege('ehub.tend_attached()', 'EXECUTE')"
             ).fetchone()
             if may == (True,):
-                worker.execute("SELECT ehub.tend_attached()")
+                worker.execute("SELECT ehub.tend_triggers(), ehub.tend_attached()")
 
 
 def _space(address: str) -> str:

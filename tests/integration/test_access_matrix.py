@@ -124,10 +124,13 @@ FUNCTIONS = {
         "EH028",
     ),
     "add_attached_triggers": ("owner", "ehub.add_attached_triggers(1, 'ehub_data.v1')", "42883"),
-    "add_statement_triggers": (
+    "add_triggers": ("owner", "ehub.add_triggers('ehub_data.v1', 'x_', 'ehub.log_change(1)')"),
+    "switch_triggers": (
         "owner",
-        "ehub.add_statement_triggers('ehub_data.v1', 'x_', 'ehub.log_change(1)')",
+        "ehub.switch_triggers('ehub_data.v1', 'ehub_log_', 'DISABLE')",
     ),
+    "own_problem": (ANYBODY, "ehub.own_problem(1)"),
+    "own_token": (ANYBODY, "ehub.own_token(1)"),
     "drop_attached_triggers": ("owner", "ehub.drop_attached_triggers(1, 'ehub_data.v1', '1 h')"),
     "attachment_of": ("admin", "ehub.attachment_of('secret')", "EH028"),
     "detach": ("admin", "ehub.detach('secret')", "EH028"),
@@ -274,6 +277,8 @@ FUNCTIONS = {
     "shown_to_everybody": ("owner", "ehub.shown_to_everybody()"),
 } | dict.fromkeys(
     (
+        *("add_follower_triggers", "add_refusal", "fit_triggers", "has_unlogged_changes"),
+        *("counted_changes", "note_logged", "tend_triggers", "triggers_due", "wrong_triggers"),
         *("add_followers", "average_key", "averages_statement", "create_follower"),
         *("drop_followers", "follow", "followers", "hold_average", "like_of"),
         *("refuse_direct_write", "require_no_average", "require_no_followers"),
