@@ -227,7 +227,7 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.has_unlogged_changes(version_id bigint) RETURNS boolean
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    relation oid;
+    part oid;
     counts boolean;
     counted bigint;
 BEGIN
@@ -235,15 +235,15 @@ BEGIN
         RETURN false;
     END IF;
     counts := current_setting('track_counts')::boolean;
-    FOREACH relation IN ARRAY ehub.tree_of(ehub.table_of($1)) LOOP
-        counted := ehub.counted_changes(relation);
-        IF counts AND current_setting('ehub.logged_' || relation, true) = counted::text THEN
+    FOREACH part IN ARRAY ehub.tree_of(ehub.table_of($1)) LOOP
+        counted := ehub.counted_changes(part);
+        IF counts AND current_setting('ehub.logged_' || part, true) = counted::text THEN
             IF pg_trigger_depth() > 0 THEN
                 RETURN true;
             END IF;
         ELSIF (counted > 0 OR NOT counts) AND EXISTS (
             SELECT FROM pg_locks AS l
-            WHERE l.locktype = 'relation' AND l.relation = has_unlogged_changes.relation
+            WHERE l.locktype = 'relation' AND l.relation = part
                 AND l.pid = pg_backend_pid() AND l.mode = 'RowExclusiveLock'
         ) THEN
             RETURN true;
