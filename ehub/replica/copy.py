@@ -66,6 +66,8 @@ _EQUAL_UNDER = "equal_under"
 _LARGE_BACKLOG = 5000
 _RECALIBRATE_CHANGES = 0.2
 _FEW = 1000
+# A search in an older snapshot knows the table as another one too, and would each time.
+_DOUBT_SECONDS = 0.5
 # The graphs of partitions are looked after so often.
 _GRAPHS_SECONDS = 1.0
 
@@ -195,6 +197,7 @@ class Copy:
         self.reported: list[object] = []
         self.unmeasured = 0
         self._graphs_at = self._select_at = 0.0
+        self._doubted_at = 0.0
 
     @property
     def _lease(self) -> str:
@@ -212,6 +215,13 @@ class Copy:
     def ask(self, text: str) -> None:
         """Remember that a search has a filter, which the index may come to know. Of any thread."""
         if self.filters.ask(text):
+            self._shared.interrupt()
+
+    def doubt(self) -> None:
+        """Have the table looked at soon: a search knows it as another one. Of any thread."""
+        now = time.monotonic()
+        if now - self._doubted_at > _DOUBT_SECONDS:
+            self._doubted_at = now
             self._shared.interrupt()
 
     def settled(self) -> bool:

@@ -193,6 +193,7 @@ class Answers:
             stamp.state,
             f"{stamp.state}/{stamp.shape}",
         ):
+            copy.doubt()
             return "it follows another life of this database, or of this table", False
         return found, matching
 
