@@ -457,8 +457,8 @@ class Searchable(Rows):
         notes = self._notes(
             answering,
             "metadata" if metadata else "NULL",
-            [found[0].keys, among.filter],
-            "metadata @@ ehub.filter_path(%s::jsonb)",
+            found[0].keys,
+            among.filter,
         )
         if notes is None:
             return None
@@ -588,7 +588,7 @@ class Searchable(Rows):
             return near
         # Of the version that the index holds, whichever is current by now.
         keys = list({one.key for one in near})
-        notes = self._notes(answering, "metadata", [keys])
+        notes = self._notes(answering, "metadata", keys)
         if notes is None or len(notes) < len(keys):
             return None
         return [one._replace(metadata=notes[one.key]) for one in near]
@@ -597,11 +597,16 @@ class Searchable(Rows):
         self,
         answering: Answering,
         column: str,
-        parameters: list[object],
-        condition: str = "true",
+        keys: Sequence[str],
+        matching: str | None = None,
     ) -> dict[str, Any] | None:
-        """Return a column of the index' rows, by key; None where they are not what they were."""
+        """Return a column of the index' rows with some keys, or of those of them that match a filter.
+
+        By key; None where the rows are not what they were.
+        """
+        condition = "true" if matching is None else "metadata @@ ehub.filter_path(%(filter)s::jsonb)"
         statement = answering.entry.rows_with_keys(f"key, {column}", condition)
+        parameters = {"keys": list(keys), "filter": matching}
         try:
             with self._database.connection(self._address) as connection:
                 return dict(connection.execute(statement, parameters).fetchall())

@@ -150,7 +150,8 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RETURN (
         SELECT format(
-            '(SELECT t.%1$I::text AS key, t.%1$I AS pk, t.%2$I%3$s AS embedding,'
+            -- Keys are what their bytes are, whatever else their own type takes for the same.
+            '(SELECT t.%1$I::text COLLATE "C" AS key, t.%1$I AS pk, t.%2$I%3$s AS embedding,'
             ' ehub.as_metadata(%4$s) AS metadata%5$s FROM %6$s AS t WHERE t.%2$I IS NOT NULL%7$s%8$s)',
             k.name, c.name, CASE c.kind WHEN 'halfvec' THEN '::@vector@.vector' ELSE '' END,
             ehub.object_of($1, 't.%1$I'),

@@ -84,6 +84,11 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT CASE WHEN target.relation IS NULL THEN format('%s.key = ANY (%s)', rows, keys) ELSE (
         -- NULL where it has another key by now.
         SELECT CASE
+            WHEN k.kind = 'text' AND EXISTS (
+                SELECT FROM pg_attribute AS a JOIN pg_collation AS c ON c.oid = a.attcollation
+                WHERE a.attrelid = target.relation AND a.attnum = k.number
+                    AND NOT c.collisdeterministic
+            ) THEN format('(%1$s.pk = ANY (%2$s) AND %1$s.key = ANY (%2$s))', rows, keys)
             WHEN k.kind = 'text' THEN format('%s.pk = ANY (%s)', rows, keys)
             WHEN k.kind IS NOT NULL
                 THEN format('%s.pk = ANY (ehub.%I(%s))', rows, k.kind || '_keys', keys)

@@ -23,6 +23,8 @@ KEYS = {
     "uuid": [str(uuid.UUID(int=n << 90)) for n in range(10)],
     "text": TEXTS,
     "varchar": TEXTS,
+    # A type to which several of them are the same.
+    "text COLLATE public.ci": ["a", "A", "b", "B", "ü%", "Ü%", "c", "C", "d", "D"],
 }
 KINDS = ["plain", "plain", "LIST", "HASH", "RANGE"]
 # As jsonpath sees them; %s is the name of the column.
@@ -34,8 +36,13 @@ FILTERS = [
     '{"or": [{"%s": 3}, {"note": "x"}]}',
     '{"note": "y", "%s": {"<": 3}}',
 ]
-# What a table may refuse of a write: a key that is there, or whose partition is not.
-REFUSED = (psycopg.errors.UniqueViolation, psycopg.errors.CheckViolation)
+# What a table may refuse of a write: a key that is there, or whose partition is not; and two keys that are
+# the same to it.
+REFUSED = (
+    psycopg.errors.UniqueViolation,
+    psycopg.errors.CheckViolation,
+    psycopg.errors.CardinalityViolation,
+)
 
 
 @dataclasses.dataclass
@@ -102,6 +109,8 @@ class AttachedMachine(RuleBasedStateMachine):
     def begin(self, type, kind, metric, half, limited, rows, seed):  # noqa: A002
         if kind == "RANGE" and type in ("text", "varchar"):
             kind = "HASH"
+        if "COLLATE" in type:
+            kind, type = "plain", type if self.knows_collations() else "text"  # noqa: A001
         self.random = np.random.default_rng(seed)
         self.type, self.kind, self.metric = type, kind, metric
         self.vector = "halfvec(2)" if half else "vector(2)"
@@ -145,6 +154,18 @@ class AttachedMachine(RuleBasedStateMachine):
         for i in range(rows):
             self.insert(self.db, KEYS[type][i])
         self.db.execute("SELECT ehub.attach('\"T x\"', 'e', 's', metric => %s)", [metric])
+
+    def knows_collations(self):
+        """Whether the server can take two texts for the same; makes what does."""
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            try:
+                connection.execute(
+                    "CREATE COLLATION IF NOT EXISTS public.ci"
+                    " (provider = icu, locale = 'und-u-ks-level2', deterministic = false)"
+                )
+            except psycopg.errors.FeatureNotSupported:
+                return False
+        return True
 
     def teardown(self):
         """Detach the table: nothing may be left of it, whatever it has become."""
@@ -415,6 +436,42 @@ class AttachedMachine(RuleBasedStateMachine):
                     self.compare(self.db, data)
             self.compare(self.db, data)
         self.compare(self.others, data)
+
+    @rule(
+        data=st.data(),
+        settled=st.booleans(),
+        before=st.booleans(),
+        change=st.sampled_from(
+            [
+                "DELETE FROM {t} WHERE {id} IN (%(a)s, %(b)s)",
+                "UPDATE {t} SET {e} = %(e)s WHERE {id} IN (%(a)s, %(b)s)",
+                "INSERT INTO {t} ({id}, {e}) VALUES (%(a)s, %(e)s) ON CONFLICT DO NOTHING",
+            ]
+        ),
+    )
+    def search_while_changing(self, data, settled, before, change):
+        """A search beside a change in one statement finds what an exact one finds there."""
+        if settled:
+            self.settle_index()
+        a, b = data.draw(st.lists(self.keys(), min_size=2, max_size=2, unique=True))
+        values = {"a": a, "b": b, "e": self.embedding(), "v": "[1,2]"}
+        searches = self.names.of(
+            f"WITH d AS ({change} RETURNING 1) SELECT n.distance, q.distance"
+            " FROM (SELECT count(*) FROM d) AS c CROSS JOIN LATERAL ("
+            " SELECT array_agg(distance) AS distance FROM ehub.nearest('s', %(v)s, 5)"
+            ") AS n CROSS JOIN LATERAL ("
+            " SELECT array_agg(distance) AS distance"
+            "  FROM ehub.nearest_many('s', ARRAY[%(v)s::public.vector], 3)) AS q"
+        )
+        found = []
+        with self.db.transaction(force_rollback=True):
+            if before:
+                self.change(self.db, data)
+            for mode in ("exact", "auto"):
+                with contextlib.suppress(*REFUSED), self.db.transaction(force_rollback=True):
+                    self.db.execute(f"SET LOCAL ehub.mode = '{mode}'")
+                    found.append(self.db.execute(searches, values).fetchall())
+        assert found[1:] == found[:1]
 
     @rule(data=st.data())
     def write_at_once(self, data):

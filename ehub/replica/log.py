@@ -77,9 +77,9 @@ class Entry(NamedTuple):
         return f"metadata ->> {sql.Literal(self.partition_by).as_string()}"
 
     def rows_with_keys(self, columns: str, condition: str = "true") -> sql.Composed:
-        """Return a query for columns of the rows of some keys, its first parameter."""
+        """Return a query for columns of the rows of some keys, its parameter ``keys``."""
         query = sql.SQL("SELECT {} FROM {} AS rows WHERE {} AND ({})")
-        by_keys: Any = _escaped(self.by_keys).replace("$1", "%s::text[]")
+        by_keys: Any = _escaped(self.by_keys).replace("$1", "%(keys)s::text[]")
         parts: list[Any] = [columns, _escaped(self.source), by_keys, condition]
         return query.format(*map(sql.SQL, parts))
 
@@ -189,7 +189,7 @@ def read_rows(
     for start in range(0, len(wanted), _READ_KEYS):
         part = wanted[start : start + _READ_KEYS]
         with _every_row(connection, entry):
-            rows = connection.execute(statement, [part], binary=True).fetchall()
+            rows = connection.execute(statement, {"keys": part}, binary=True).fetchall()
         if rows:
             yield Batch(
                 [row[0] for row in rows],

@@ -6,6 +6,7 @@ import time
 import psycopg
 import pytest
 
+import ehub
 from service.conftest import settled
 
 
@@ -98,3 +99,53 @@ def test_a_partition_that_is_detached_concurrently(table, db, url):
             assert int(first[0]) in (100, 101)
         reader.rollback()
         detaching.join(10)
+
+
+def test_keys_that_a_collation_takes_for_the_same(service, db, connect):
+    """Keys are their bytes: an update may change one to what its own type takes for the same."""
+    db.execute(
+        "CREATE COLLATION ci (provider = icu, locale = 'und-u-ks-level2', deterministic = false);"
+        "CREATE TABLE ci (id text COLLATE ci PRIMARY KEY, emb vector(2));"
+        "INSERT INTO ci SELECT 'key' || i, ARRAY[i, 0]::real[] FROM generate_series(1, 9) i;"
+        "SELECT ehub.attach('ci', 'emb')"
+    )
+    space = connect(index="local").get_space("ci")
+    settled(db, "ci")
+    space.wait_until_indexed(30)
+    db.execute("UPDATE ci SET id = 'KEY3', emb = '[100,0]' WHERE id = 'key3'")
+
+    def check():
+        for query, nearest in (("[3,0]", {"key2", "key4"}), ("[100,0]", {"KEY3"})):
+            for statement in (
+                "SELECT key FROM ehub.nearest('ci', %s, 1)",
+                "SELECT key FROM ehub.nearest_exact('ci', %s, 1)",
+                "SELECT key FROM ehub.nearest_many('ci', ARRAY[%s]::vector[], 1)",
+                "SELECT key FROM ehub.within('ci', %s, 200, 1, complete => false)",
+            ):
+                assert db.execute(statement, [query]).fetchone()[0] in nearest
+            vector = [float(x) for x in query[1:-1].split(",")]
+            found = space.nearest_neighbors(1, vector=vector, consistency="strong")
+            assert found[0].key in nearest
+        assert "KEY3" in space
+        assert "key3" not in space
+        with pytest.raises(ehub.KeyNotFoundError, match="key3"):
+            space.get("key3")
+        keys = ["KEY3", "key4"]
+        assert space.multiget(keys).tolist() == [[100, 0], [4, 0]]
+        assert space.distances(keys)[0].tolist() == [0, 96]
+        left_out = db.execute("SELECT key FROM ehub.nearest('ci', '[100,0]', 1, ARRAY['key3'])")
+        assert left_out.fetchone() == ("KEY3",)
+        left_out = db.execute("SELECT key FROM ehub.nearest('ci', '[100,0]', 1, ARRAY['KEY3'])")
+        assert left_out.fetchone() == ("key9",)
+
+    check()
+    settled(db, "ci")
+    check()
+    # Only its writing.
+    db.execute("UPDATE ci SET id = 'KeY9' WHERE id = 'key9'")
+    assert db.execute("SELECT key FROM ehub.nearest('ci', '[9,0]', 1)").fetchone() == ("KeY9",)
+    db.execute("DELETE FROM ci WHERE id = 'kEy9'")
+    assert db.execute("SELECT key FROM ehub.nearest('ci', '[9,0]', 1)").fetchone() == ("key8",)
+    db.execute("SET session_replication_role = replica")
+    db.execute("UPDATE ci SET id = 'KEY5', emb = '[200,0]' WHERE id = 'key5'")
+    assert db.execute("SELECT key FROM ehub.nearest('ci', '[200,0]', 1)").fetchone() == ("KEY5",)
