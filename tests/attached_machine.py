@@ -152,7 +152,7 @@ class AttachedMachine(RuleBasedStateMachine):
             )
         self.limited.execute(f"SET SESSION AUTHORIZATION {self.reader}")
         for i in range(rows):
-            self.insert(self.db, KEYS[type][i])
+            self.insert(self.db, KEYS[type][i], conflict="ON CONFLICT DO NOTHING")
         self.db.execute("SELECT ehub.attach('\"T x\"', 'e', 's', metric => %s)", [metric])
 
     def knows_collations(self):
@@ -541,6 +541,8 @@ class AttachedMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def make_or_drop_index(self, data):
+        # An older snapshot does not know its name, or knows it still.
+        self.close_old()
         if self.indexes:
             self.db.execute("SELECT ehub.drop_index('s', 'few')")
             self.indexes = ()

@@ -37,6 +37,8 @@ _POLL_SECONDS = 5.0
 _BUSY_SECONDS = 0.005
 # Not asleep, because a writer is under way or another replica is to be rung.
 _RESTLESS_SECONDS = (0.005, 0.25)
+# Its own: what a program draws from the module's own numbers stays as it was seeded.
+_jitter = random.Random()  # noqa: S311 - no secret
 _BACKOFF_SECONDS = (0.1, 10.0)
 # How long a search waits for the replica before it goes exact.
 _PATIENCE_SECONDS = 1.0
@@ -375,7 +377,7 @@ class Replica:
                 failures += 1
                 longest = min(_BACKOFF_SECONDS[0] * 2**failures, _BACKOFF_SECONDS[1])
                 # Jitter, so that many clients of a server that comes back do not come at once.
-                self._listener.wait(None, longest * random.uniform(0.5, 1))  # noqa: S311
+                self._listener.wait(None, longest * _jitter.uniform(0.5, 1))
 
     def _runs(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
