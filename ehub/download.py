@@ -124,10 +124,7 @@ def _look(connection: Connection, address: str) -> tuple[Source, _Rows, str]:
 
 def identity(connection: Connection) -> str:
     """Return what tells this database from all others."""
-    row = connection.execute(
-        "SELECT (SELECT system_identifier FROM pg_control_system()) || '/' ||"
-        " (SELECT oid FROM pg_database WHERE datname = current_database())"
-    ).fetchone()
+    row = connection.execute("SELECT ehub.identity()").fetchone()
     assert row is not None  # noqa: S101 - a select without from
     return str(row[0])
 

@@ -11,6 +11,7 @@ import alembic.config
 import alembic.script
 import psycopg
 import sqlalchemy
+from psycopg import errors as pg
 from psycopg import sql
 
 from ehub import resources
@@ -19,8 +20,7 @@ from ehub.errors import SchemaError
 
 _MINIMUM_POSTGRES = 15
 _MINIMUM_PGVECTOR = (0, 7)
-# 'ehub' in ASCII, the class of all of ehub's advisory locks; the trigger's doorbell is object 1.
-_LOCK = (0x65687562, 2)
+_COMMENT = "ehub, the embedding database: what it knows of spaces, and its functions"
 
 
 def migrate(database: Database) -> bool:
@@ -39,8 +39,11 @@ def migrate(database: Database) -> bool:
     )
     with mapped():
         try:
-            with engine.connect() as connection, connection.begin():
-                return _migrate(connection)
+            try:
+                return _in_transaction(engine)
+            except (pg.UniqueViolation, pg.DuplicateSchema):
+                # Somebody else was making the schema at the same time.
+                return _in_transaction(engine)
         except sqlalchemy.exc.DBAPIError as error:
             # SQLAlchemy wraps the driver's error, which `mapped` knows.
             raise (error.orig or error) from error
@@ -54,14 +57,23 @@ def head() -> str:
     return found
 
 
+def _in_transaction(engine: sqlalchemy.Engine) -> bool:
+    with engine.connect() as connection, connection.begin():
+        return _migrate(connection)
+
+
 def _migrate(connection: sqlalchemy.Connection) -> bool:
     driver: Connection = connection.connection.driver_connection  # type: ignore[assignment]
-    driver.execute("SELECT pg_advisory_xact_lock(%s, %s)", _LOCK)
     digest = resources.sql_digest()
-    if installed(driver) == (head(), digest):
+    if _is_done(driver, digest):
         return False
     vector_schema = _require_pgvector(driver)
-    driver.execute("CREATE SCHEMA IF NOT EXISTS ehub")
+    # One at a time. By a lock that only the schema's owner can take: an advisory one is anybody's.
+    if driver.execute("SELECT to_regnamespace('ehub')").fetchone() == (None,):
+        driver.execute("CREATE SCHEMA ehub")
+    driver.execute(sql.SQL("COMMENT ON SCHEMA ehub IS {}").format(sql.Literal(_COMMENT)))
+    if _is_done(driver, digest):
+        return False
     owner = driver.execute(
         "SELECT nspowner::regrole::text FROM pg_namespace WHERE nspname = 'ehub'"
     ).fetchone()
@@ -84,6 +96,18 @@ def _migrate(connection: sqlalchemy.Connection) -> bool:
         "INSERT INTO ehub.setting VALUES ('sql_digest', %s)"
         " ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value",
         [digest],
+    )
+    driver.execute("SELECT ehub.recognise()")
+    return True
+
+
+def _is_done(driver: Connection, digest: str) -> bool:
+    """Whether the schema is this release's; if so, whoever may notices a copied database."""
+    if installed(driver) != (head(), digest):
+        return False
+    driver.execute(
+        "SELECT CASE WHEN has_function_privilege('ehub.recognise()', 'EXECUTE')"
+        " THEN ehub.recognise()::text END"
     )
     return True
 

@@ -156,8 +156,6 @@ class Version(Base):
     warm: Mapped[bool] = mapped_column(server_default=true())
     # The field of metadata by whose values rows are searched apart; null without partitions.
     partition_by: Mapped[str | None]
-    # Below this transaction the change log of this version is gone.
-    trimmed_below: Mapped[int] = mapped_column(Xid8, server_default=text("0"))
 
     space: Mapped[Space] = relationship(
         back_populates="versions", foreign_keys=space_id, viewonly=True
@@ -233,9 +231,9 @@ class Replica(Base):
     __tablename__ = "replica"
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
-    index_id: Mapped[int] = mapped_column(
-        ForeignKey(SearchIndex.id, ondelete="CASCADE"), primary_key=True
-    )
+    # No foreign key: whoever writes this row in a transaction that stays open would keep others
+    # from dropping the index.
+    index_id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     role: Mapped[str] = mapped_column(server_default=text("CURRENT_USER"))
     place: Mapped[str]
     state: Mapped[str]
@@ -253,6 +251,20 @@ class Replica(Base):
     recall: Mapped[float | None]
     memory: Mapped[int | None]
     last_error: Mapped[str | None]
+
+
+class Trimmed(Base):
+    """Below which transaction the change log of a version is gone: of several rows the last one.
+
+    A row each time, and no foreign key, so that trimming waits for nobody and nobody for it.
+    """
+
+    __tablename__ = "trimmed"
+    __table_args__ = (Index(None, "version_id", "below"),)
+
+    id: Mapped[int] = mapped_column(Identity(always=True), primary_key=True)
+    version_id: Mapped[int]
+    below: Mapped[int] = mapped_column(Xid8)
 
 
 class Access(Base):

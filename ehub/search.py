@@ -604,7 +604,9 @@ class Searchable(Rows):
 
         By key; None where the rows are not what they were.
         """
-        condition = "true" if matching is None else "metadata @@ ehub.filter_path(%(filter)s::jsonb)"
+        condition = (
+            "true" if matching is None else "metadata @@ ehub.filter_path(%(filter)s::jsonb)"
+        )
         statement = answering.entry.rows_with_keys(f"key, {column}", condition)
         parameters = {"keys": list(keys), "filter": matching}
         try:

@@ -421,7 +421,7 @@ BEGIN
     -- With triggers that a partition which was detached by itself has kept.
     EXECUTE format('DROP FUNCTION ehub_data.%I() CASCADE', 'log_v' || a.version_id);
     PERFORM ehub.drop_checks(a.version_id);
-    DELETE FROM ehub.change AS c WHERE c.version_id = a.version_id;
+    PERFORM ehub.forget_log(a.version_id);
     -- The last one that is detached takes back what the first one was given.
     UPDATE ehub.attachment AS o SET granted = true
     WHERE a.granted AND o.relation = a.relation AND o.version_id <> a.version_id;

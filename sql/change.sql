@@ -100,46 +100,72 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.trimmed_below(version bigint) RETURNS xid8
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    RETURN (SELECT v.trimmed_below FROM ehub.version AS v WHERE v.id = version);
+    RETURN coalesce((
+        SELECT t.below FROM ehub.trimmed AS t WHERE t.version_id = version
+        ORDER BY t.below DESC LIMIT 1
+    ), '0');
 END $$;
 
 -- Forget what no replica needs any more, of each version by itself: one that is held for long makes
 -- no other long. Returns the number of log rows that went. A replica whose lease has run out counts
--- no longer: it rebuilds if it comes back. For everybody, since it takes nothing from anybody.
+-- no longer: it rebuilds if it comes back.
+--
+-- For everybody, since it takes nothing from anybody. Whoever trims may stay in that transaction for ever,
+-- so it holds nothing that others need: just rows of the log that nobody reads any more, which others
+-- pass over, and what it adds to ehub.trimmed.
 CREATE OR REPLACE FUNCTION ehub.trim() RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    -- Transactions that are still running have log rows to come.
+    running xid8 := pg_snapshot_xmin(pg_current_snapshot());
     needed record;
     gone bigint;
     total bigint := 0;
 BEGIN
-    -- Of two at a time, one does it. Not by an advisory lock, which anybody could hold.
-    IF pg_is_in_recovery() OR NOT EXISTS (
-        SELECT FROM ehub.setting AS s WHERE s.name = 'trim' FOR UPDATE SKIP LOCKED
-    ) THEN
+    IF pg_is_in_recovery() OR NOT ehub.is_recognised() THEN
         RETURN 0;
     END IF;
-    DELETE FROM ehub.replica WHERE expires_at < clock_timestamp();
     FOR needed IN
-        SELECT v.id, least(
-            min(pg_snapshot_xmin(r.watermark)),
-            -- Transactions that are still running have log rows to come.
-            pg_snapshot_xmin(pg_current_snapshot())
+        -- The versions of which there is log, by steps through its index.
+        WITH RECURSIVE logged (id) AS (
+            SELECT min(c.version_id) FROM ehub.change AS c
+            UNION ALL
+            SELECT (SELECT min(c.version_id) FROM ehub.change AS c WHERE c.version_id > l.id)
+            FROM logged AS l WHERE l.id IS NOT NULL
+        )
+        SELECT l.id, least(
+            min(pg_snapshot_xmin(r.watermark)) FILTER (WHERE r.expires_at >= clock_timestamp()), running
         ) AS bound
-        FROM ehub.version AS v
-        LEFT JOIN ehub.index AS i ON i.version_id = v.id
+        FROM logged AS l
+        LEFT JOIN ehub.index AS i ON i.version_id = l.id
         LEFT JOIN ehub.replica AS r ON r.index_id = i.id
-        WHERE EXISTS (SELECT FROM ehub.change AS c WHERE c.version_id = v.id)
-        GROUP BY v.id
+        WHERE l.id IS NOT NULL
+        GROUP BY l.id
     LOOP
-        DELETE FROM ehub.change AS c WHERE c.version_id = needed.id AND c.xid < needed.bound;
-        GET DIAGNOSTICS gone = ROW_COUNT;
+        gone := ehub.forget_log(needed.id, needed.bound);
         IF gone > 0 THEN
-            UPDATE ehub.version AS v SET trimmed_below = needed.bound WHERE v.id = needed.id;
+            DELETE FROM ehub.trimmed AS t WHERE t.id = ANY (ARRAY(
+                SELECT o.id FROM ehub.trimmed AS o
+                WHERE o.version_id = needed.id AND o.below <= needed.bound FOR UPDATE SKIP LOCKED
+            ));
+            INSERT INTO ehub.trimmed (version_id, below) VALUES (needed.id, needed.bound);
             total := total + gone;
         END IF;
     END LOOP;
     RETURN total;
 END $$;
 
-INSERT INTO ehub.setting VALUES ('trim', '') ON CONFLICT DO NOTHING;
+-- Delete log rows of a version, those below a transaction or all, but for those that somebody is deleting;
+-- returns how many.
+CREATE OR REPLACE FUNCTION ehub.forget_log(version bigint, below xid8 DEFAULT NULL) RETURNS bigint
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    gone bigint;
+BEGIN
+    DELETE FROM ehub.change AS c WHERE c.ctid = ANY (ARRAY(
+        SELECT o.ctid FROM ehub.change AS o
+        WHERE o.version_id = version AND (below IS NULL OR o.xid < below) FOR UPDATE SKIP LOCKED
+    ));
+    GET DIAGNOSTICS gone = ROW_COUNT;
+    RETURN gone;
+END $$;

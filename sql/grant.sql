@@ -460,6 +460,13 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     version record;
 BEGIN
+    -- Replicas that do not live any more, or whose index is gone; not those that somebody is writing.
+    DELETE FROM ehub.replica AS r WHERE (r.id, r.index_id) IN (
+        SELECT o.id, o.index_id FROM ehub.replica AS o
+        WHERE o.expires_at < clock_timestamp()
+            OR NOT EXISTS (SELECT FROM ehub.index AS i WHERE i.id = o.index_id)
+        FOR UPDATE SKIP LOCKED
+    );
     FOR version IN
         SELECT v.id, v.space_id FROM ehub.version AS v
         WHERE to_regclass('ehub_data.v' || v.id || '_metadata_idx') IS NOT NULL

@@ -72,29 +72,43 @@ LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     DELETE FROM ehub.replica AS r WHERE r.id = $1 AND r.index_id = $2
 $$;
 
--- Notice that this database has been restored from a dump, or copied: transaction ids are others
--- then, and what the log and the replicas say of them means nothing. For everybody: it believes nobody.
-CREATE OR REPLACE FUNCTION ehub.recognise() RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    -- What tells one database from all others.
-    here text := concat_ws(
+-- What tells this database from all others.
+CREATE OR REPLACE FUNCTION ehub.identity() RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN concat_ws(
         '/',
         (SELECT c.system_identifier FROM pg_control_system() AS c),
         (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
     );
+END $$;
+
+-- Whether the log and what replicas say are of this database, as far as is known.
+CREATE OR REPLACE FUNCTION ehub.is_recognised() RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN coalesce(
+        (SELECT s.value = ehub.identity() FROM ehub.setting AS s WHERE s.name = 'system'), false
+    );
+END $$;
+
+-- Notice that this database has been restored from a dump, or copied: transaction ids are others
+-- then, and what the log and the replicas say of them means nothing. For the owner.
+CREATE OR REPLACE FUNCTION ehub.recognise() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
     known text;
 BEGIN
-    SELECT s.value INTO known FROM ehub.setting AS s WHERE s.name = 'system';
-    IF known IS DISTINCT FROM here THEN
-        LOCK TABLE ehub.setting IN SHARE ROW EXCLUSIVE MODE;
-        SELECT s.value INTO known FROM ehub.setting AS s WHERE s.name = 'system';
-        IF known <> here THEN
-            DELETE FROM ehub.change;
-            DELETE FROM ehub.replica;
-            UPDATE ehub.version AS v SET trimmed_below = '0';
-        END IF;
-        INSERT INTO ehub.setting VALUES ('system', here)
-        ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;
+    IF ehub.is_recognised() THEN
+        RETURN;
     END IF;
+    LOCK TABLE ehub.setting IN SHARE ROW EXCLUSIVE MODE;
+    SELECT s.value INTO known FROM ehub.setting AS s WHERE s.name = 'system';
+    IF known <> ehub.identity() THEN
+        DELETE FROM ehub.change;
+        DELETE FROM ehub.replica;
+        DELETE FROM ehub.trimmed;
+    END IF;
+    INSERT INTO ehub.setting VALUES ('system', ehub.identity())
+    ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;
 END $$;

@@ -212,6 +212,6 @@ BEGIN
     EXECUTE format('DROP FUNCTION IF EXISTS ehub_data.%I', 'keep_v' || version_id);
     EXECUTE format('DROP TYPE IF EXISTS ehub_data.%I', 'current_v' || version_id);
     PERFORM ehub.drop_checks(version_id);
-    DELETE FROM ehub.change AS c WHERE c.version_id = $3;
+    PERFORM ehub.forget_log($3);
     DELETE FROM ehub.version AS v WHERE v.id = $3;
 END $$;

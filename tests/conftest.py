@@ -89,7 +89,11 @@ def url(server: str, admin: Admin, template: str) -> Iterator[str]:
             sql.Identifier(name), sql.Identifier(template)
         )
     )
-    yield make_conninfo(server, dbname=name)
+    url = make_conninfo(server, dbname=name)
+    with psycopg.connect(url) as connection:
+        # It is a copy, as a restored database is.
+        connection.execute("SELECT ehub.recognise()")
+    yield url
     drop_database(admin, name)
 
 

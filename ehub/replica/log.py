@@ -49,9 +49,9 @@ class Entry(NamedTuple):
     whole: bool
     source: Any
     by_keys: Any
-    # An attached table is somebody else's, who may alter it. Of any: what is the same while every
-    # change of it is logged, whether its functions were made for another shape (of an attached one),
-    # why it cannot be followed.
+    # An attached table is somebody else's, who may alter it. Of any table: what is the same while
+    # every change of it is logged, and why it cannot be followed; of an attached one, whether its
+    # functions were made for another shape.
     attached: bool
     token: str | None
     outdated: bool | None

@@ -393,14 +393,19 @@ class Replica:
             row = worker.execute(
                 "SELECT pg_is_in_recovery(), (SELECT system_identifier FROM pg_control_system()),"
                 " (SELECT oid::bigint FROM pg_database WHERE datname = current_database()),"
-                " (SELECT value FROM ehub.setting WHERE name = 'system')"
+                " ehub.is_recognised(), has_function_privilege('ehub.recognise()', 'EXECUTE')"
             ).fetchone()
             assert row is not None  # noqa: S101 - a select without from
-            standby, system, database, known = row
+            standby, system, database, recognised, may_recognise = row
             if standby:
                 # Its snapshots do not say which transactions run on the primary.
                 raise UnavailableError("a standby has no watermarks to follow; searches are exact")
-            if known != f"{system}/{database}":
+            if not recognised and not may_recognise:
+                raise UnavailableError(
+                    "this database is a copy of another one, and ehub's log is not about it;"
+                    " `ehub migrate`, or the service, as its owner puts that right"
+                )
+            if not recognised:
                 worker.execute("SELECT ehub.recognise()")
             # Copies say what they equal only after they were brought there over this connection.
             for copy in self._copies.values():

@@ -181,7 +181,9 @@ FUNCTIONS = {
     "mark_of": (ANYBODY, "ehub.mark_of(1)"),
     "me": (ANYBODY, "ehub.me()"),
     "this_statement": (ANYBODY, "ehub.this_statement()"),
-    "recognise": (ANYBODY, "ehub.recognise()"),
+    "identity": (ANYBODY, "ehub.identity()"),
+    "is_recognised": (ANYBODY, "ehub.is_recognised()"),
+    "recognise": ("owner", "ehub.recognise()"),
     "relation_of_diff": ("read", f"ehub.relation_of_diff({ME}, {ME})"),
     "refuse_row": (ANYBODY, f"ehub.refuse_row('secret', 2, 'l2', 'k', {V}, '{{}}')"),
     "require_exact_is_allowed": (ANYBODY, "ehub.require_exact_is_allowed('auto', 's', '')"),
@@ -277,7 +279,13 @@ FUNCTIONS = {
     "shown_to_everybody": ("owner", "ehub.shown_to_everybody()"),
 } | dict.fromkeys(
     (
-        *("add_follower_triggers", "add_refusal", "fit_triggers", "has_unlogged_changes"),
+        *(
+            "add_follower_triggers",
+            "add_refusal",
+            "forget_log",
+            "fit_triggers",
+            "has_unlogged_changes",
+        ),
         *("counted_changes", "note_logged", "tend_triggers", "triggers_due", "wrong_triggers"),
         *("add_followers", "average_key", "averages_statement", "create_follower"),
         *("drop_followers", "follow", "followers", "hold_average", "like_of"),
@@ -302,7 +310,15 @@ FUNCTIONS = {
             "drop_checks",
             "end_of_grant",
         ),
-        *("index_of", "is_marked", "is_owner", "is_warm", "keep_images", "last_promotion", "limits_of"),
+        *(
+            "index_of",
+            "is_marked",
+            "is_owner",
+            "is_warm",
+            "keep_images",
+            "last_promotion",
+            "limits_of",
+        ),
         *("lock_space", "log_action", "log_change", "make_current", "manages", "may_touch"),
         *(
             "policies_due",

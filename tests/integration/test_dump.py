@@ -98,8 +98,8 @@ def test_a_dump_is_a_whole_hub(hub, elsewhere, tmp_path):
             assert logged <= 2
             there.execute("SELECT ehub.trim()")
             bound, now = there.execute(
-                "SELECT max(trimmed_below::text::bigint), pg_current_xact_id()::text::bigint"
-                " FROM ehub.version"
+                "SELECT coalesce(max(below::text::bigint), 0), pg_current_xact_id()::text::bigint"
+                " FROM ehub.trimmed"
             ).fetchone()
             assert bound < now
     # The first one goes on as if nothing had been.

@@ -233,9 +233,9 @@ def test_a_state_that_the_database_does_not_know_is_compared(connect, space, db,
 
 def test_a_state_that_is_lost_while_running_is_compared(space, db, caplog):
     db.execute("UPDATE ehub.replica SET nonce = gen_random_uuid()")
-    db.execute("SET session_replication_role = replica")
-    db.execute("INSERT INTO spaces.s VALUES ('unlogged', %s)", [str([70] * 8)])
-    db.execute("RESET session_replication_role")
+    with db.transaction():
+        db.execute("INSERT INTO spaces.s VALUES ('unlogged', %s)", [str([70] * 8)])
+        db.execute("DELETE FROM ehub.change WHERE 'unlogged' = ANY (keys)")
     db.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query ~ '^LISTEN'"
         " AND datname = current_database()"

@@ -77,9 +77,7 @@ def begin(session, level):
 
 
 def seen(session):
-    return {
-        door: session.execute(statement).fetchone()[0] for door, statement in DOORS.items()
-    }
+    return {door: session.execute(statement).fetchone()[0] for door, statement in DOORS.items()}
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -233,8 +231,7 @@ def test_a_promotion_in_the_same_transaction(space, db):
 def test_the_mark_of_the_current_version_is_looked_after(hub, space, db):
     ids = dict(db.execute("SELECT version, version_id FROM ehub.catalogue WHERE space = 's'"))
     db.execute(
-        f"DROP TYPE ehub_data.current_v{ids['v1']};"
-        f"CREATE TYPE ehub_data.current_v{ids['v2']} AS ()"
+        f"DROP TYPE ehub_data.current_v{ids['v1']};CREATE TYPE ehub_data.current_v{ids['v2']} AS ()"
     )
     assert [(one.subject, one.remedy) for one in hub.doctor()] == [("space s", "mark it")]
     hub.doctor(mend=True)

@@ -124,9 +124,12 @@ def test_images_of_checkpoints_and_averages_follow(space, connect, db):
             k: v.tolist() for k, v in before.items()
         }
         means = db.execute("SELECT key, embedding::text FROM spaces.means ORDER BY 1").fetchall()
-        assert means == db.execute(
-            "SELECT value #>> '{}', average::text FROM ehub.averages('s', 'n') ORDER BY 1"
-        ).fetchall()
+        assert (
+            means
+            == db.execute(
+                "SELECT value #>> '{}', average::text FROM ehub.averages('s', 'n') ORDER BY 1"
+            ).fetchall()
+        )
     with pytest.raises(psycopg.Error, match="is an average"):
         db.execute(f"DELETE FROM {relation(db, 'means')}")
     space.freeze()

@@ -46,7 +46,9 @@ STATEMENTS = {
     " ARRAY['[10,0]', '[20,0]']::vector[], 3) AS n",
     "within": "WITH d AS (DELETE FROM {t} WHERE {key} LIKE 'c1\\_%' RETURNING {key})"
     " INSERT INTO seen SELECT d.{key} || n.key FROM d, ehub.within('s', '[10,0]', 15, complete => false) AS n",
-    "returning": "WITH d AS (DELETE FROM {t} WHERE {key} LIKE 'c1\\_%' RETURNING " + near("'[10,0]'") + " AS found)"
+    "returning": "WITH d AS (DELETE FROM {t} WHERE {key} LIKE 'c1\\_%' RETURNING "
+    + near("'[10,0]'")
+    + " AS found)"
     " INSERT INTO seen SELECT found FROM d",
     # Triggers of the user's write down what they see.
     "insert": "INSERT INTO {t} ({key}, {emb}) VALUES ('x', '[10,0]'), ('y', '[10,0.001]'), ('z', '[10,0.002]')",
