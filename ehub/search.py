@@ -600,9 +600,9 @@ class Searchable(Rows):
         keys: Sequence[str],
         matching: str | None = None,
     ) -> dict[str, Any] | None:
-        """Return a column of the index' rows with some keys, or of those of them that match a filter.
+        """Return a column of the index' rows with some keys, by key; or of those that match.
 
-        By key; None where the rows are not what they were.
+        None where the rows are not what they were.
         """
         condition = (
             "true" if matching is None else "metadata @@ ehub.filter_path(%(filter)s::jsonb)"

@@ -164,7 +164,7 @@ def test_cursors(place, level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_functions_of_somebody_else(place, level):
     """A role's own function, whose statements are planned once, and its DO blocks."""
-    url, role, _ = place
+    url, _, _ = place
     with psycopg.connect(url, autocommit=True) as boss:
         boss.execute(
             "CREATE OR REPLACE FUNCTION public.mine() RETURNS SETOF text LANGUAGE plpgsql AS"
@@ -204,7 +204,7 @@ def test_a_membership_that_is_revoked(place, admin):
 
 def test_rights_on_an_attached_table(place):
     """There Postgres' own GRANT and REVOKE decide."""
-    url, role, hub = place
+    url, role, _ = place
     with psycopg.connect(url, autocommit=True) as boss:
         boss.execute("CREATE TABLE public.docs (id int PRIMARY KEY, emb vector(2))")
         boss.execute("INSERT INTO docs SELECT i, ARRAY[i, 0]::real[] FROM generate_series(1, 9) i")
@@ -226,10 +226,12 @@ def test_rights_on_an_attached_table(place):
                 for _ in range(7):
                     assert session.execute(f"SELECT * FROM {call}").fetchall()
                 boss.execute(sql.SQL("REVOKE SELECT ON docs FROM {}").format(who))
-                try:
-                    assert session.execute(f"SELECT * FROM {call}").fetchall() == [], call
-                except psycopg.Error as error:
-                    assert error.sqlstate in ("42501", "EH001"), (call, error)
+                if call == "ehub.attached":
+                    assert session.execute(f"SELECT * FROM {call}").fetchall() == []
+                    continue
+                with pytest.raises(psycopg.Error) as caught:
+                    session.execute(f"SELECT * FROM {call}")
+                assert caught.value.sqlstate in ("42501", "EH001"), call
 
 
 def test_who_makes_spaces_and_manages_them(place):
