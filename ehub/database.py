@@ -277,5 +277,10 @@ def _check_alive(connection: Connection) -> None:
 
 
 def _configure(connection: Connection) -> None:
+    # What values are as text, whatever the role, the database or the connection string sets.
+    connection.execute(
+        "SET extra_float_digits = 1; SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres';"
+        " SET bytea_output = 'hex'; SET standard_conforming_strings = on"
+    )
     for parameter in (VectorParameter, VectorsParameter):
         connection.adapters.register_dumper(parameter, VectorDumper)

@@ -47,7 +47,8 @@ BEGIN
 END $$;
 
 -- A column as JSON sees it, as an expression; NULL where it is nothing to filter by. Times with a zone
--- are those of UTC, whatever the session's zone is.
+-- are those of UTC, whatever the session's zone is. What DateStyle and extra_float_digits would change is
+-- pinned by the functions that read rows.
 CREATE OR REPLACE FUNCTION ehub.field_value(type oid, col text) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

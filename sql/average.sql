@@ -133,7 +133,8 @@ $$;
 CREATE OR REPLACE FUNCTION ehub.average(
     space text, keys text[] DEFAULT NULL, weights float8[] DEFAULT NULL, filter jsonb DEFAULT NULL
 ) RETURNS @vector@.vector
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp SET extra_float_digits = 1 AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET extra_float_digits = 1 SET datestyle = 'ISO, MDY' SET gin_fuzzy_search_limit = 0 AS $$
 #variable_conflict use_variable
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
@@ -194,7 +195,8 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.averages(
     space text, by text, weight text DEFAULT NULL, filter jsonb DEFAULT NULL
 ) RETURNS TABLE (value jsonb, average @vector@.vector, rows bigint)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET extra_float_digits = 1 SET datestyle = 'ISO, MDY' SET gin_fuzzy_search_limit = 0 AS $$
 #variable_conflict use_column
 DECLARE
     target ehub.catalogue := ehub.require_space($1);

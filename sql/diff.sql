@@ -44,7 +44,8 @@ CREATE OR REPLACE FUNCTION ehub.diff(
     OUT same bigint,
     OUT drift float8[]
 )
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET extra_float_digits = 1 SET datestyle = 'ISO, MDY' AS $$
 BEGIN
     EXECUTE format(
         'SELECT count(*) FILTER (WHERE change = ''added''),'
@@ -60,7 +61,8 @@ END $$;
 -- The keys that differ between two versions: 'added', 'removed' or 'changed', and how far they moved.
 CREATE OR REPLACE FUNCTION ehub.diff_keys(earlier text, later text)
 RETURNS TABLE (key text, change text, moved float8)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET extra_float_digits = 1 SET datestyle = 'ISO, MDY' AS $$
 BEGIN
     RETURN QUERY EXECUTE format(
         'SELECT * FROM %s AS rows WHERE change <> ''same''',

@@ -49,7 +49,8 @@ CREATE OR REPLACE FUNCTION ehub.within(
     complete boolean DEFAULT true,
     leave_out text[] DEFAULT NULL
 ) RETURNS TABLE (key text, distance float8, metadata jsonb)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+SET extra_float_digits = 1 SET datestyle = 'ISO, MDY' SET gin_fuzzy_search_limit = 0 AS $$
 #variable_conflict use_column
 DECLARE
     target ehub.catalogue := ehub.require_space(space);

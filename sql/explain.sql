@@ -10,7 +10,8 @@ CREATE OR REPLACE FUNCTION ehub.explain_nearest(
     partition text DEFAULT NULL,
     index text DEFAULT NULL
 ) RETURNS TABLE (chosen boolean, way text, rows bigint, compared bigint, note text)
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
+SET extra_float_digits = 1 SET datestyle = 'ISO, MDY' AS $$
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
     mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');

@@ -98,7 +98,8 @@ END $$;
 
 -- The jsonpath to a field.
 CREATE OR REPLACE FUNCTION ehub.field_path(field text) RETURNS text
-LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on AS $$
 BEGIN
     IF strpos(field, '.') = 0 AND strpos(field, '\') = 0 AND field <> '' THEN
         RETURN '$.' || to_json(field);
@@ -111,7 +112,8 @@ END $$;
 
 -- The names of the objects, and at the end of the field, that a field of metadata stands for.
 CREATE OR REPLACE FUNCTION ehub.field_steps(field text) RETURNS text[]
-LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp
+SET standard_conforming_strings = on AS $$
 BEGIN
     IF field !~ '^([^.\\]|\\.)+(\.([^.\\]|\\.)+)*$' THEN
         PERFORM ehub.refuse_filter(format('a field has a name, %s has an empty one', to_json(field)));

@@ -41,7 +41,8 @@ CREATE OR REPLACE FUNCTION ehub.nearest_exact(
     partition text DEFAULT NULL,
     index text DEFAULT NULL
 ) RETURNS TABLE (key text, distance float8, metadata jsonb)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+SET extra_float_digits = 1 SET datestyle = 'ISO, MDY' SET gin_fuzzy_search_limit = 0 AS $$
 #variable_conflict use_column
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
@@ -193,6 +194,11 @@ DECLARE
         SELECT c FROM ehub.catalogue AS c WHERE c.version_id = create_checks.version_id
     );
     rows text := ehub.rows_of(target);
+    -- Of a column's value the metadata hold its text, which is the same in every session.
+    pinned text := CASE
+        WHEN target.relation IS NOT NULL
+            THEN 'SET extra_float_digits = 1 SET datestyle = ''ISO, MDY'''
+    END;
     -- Rows of an attached table that have changed may have no distance to anything now.
     usable text := CASE
         WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_distances(metric)
@@ -204,9 +210,9 @@ BEGIN
                 query @vector@.vector, candidates text[], watermark pg_snapshot, asked int,
                 needed int, k int, leave_out text[]
             ) RETURNS TABLE (key text, distance float8, metadata jsonb)
-            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS %L
+            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp %s AS %L
         $head$,
-        'check_v' || version_id, format(
+        'check_v' || version_id, pinned, format(
             $body$
             BEGIN
                 RETURN QUERY
@@ -229,9 +235,9 @@ BEGIN
                 query @vector@.vector, candidates text[], watermark pg_snapshot, asked int,
                 needed int, k int, leave_out text[], path jsonpath, partition text, matching boolean
             ) RETURNS TABLE (key text, distance float8, metadata jsonb)
-            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS %L
+            LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp %s AS %L
         $head$,
-        'check_matching_v' || version_id, format(
+        'check_matching_v' || version_id, pinned, format(
             $body$
             BEGIN
                 RETURN QUERY
@@ -269,9 +275,9 @@ BEGIN
                 queries @vector@.vector[], candidates text[], owners int[], watermark pg_snapshot,
                 asked int, k int, path jsonpath, partition text
             ) RETURNS TABLE (q int, key text, distance float8, metadata jsonb)
-            LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp AS %L
+            LANGUAGE plpgsql ROWS 1000 SET search_path = pg_catalog, pg_temp %s AS %L
         $head$,
-        'check_many_v' || version_id, format(
+        'check_many_v' || version_id, pinned, format(
             $body$
             BEGIN
                 RETURN QUERY

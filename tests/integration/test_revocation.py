@@ -122,6 +122,9 @@ class Session:
 def test_functions(place, level):
     leaks = []
     for name, (rule, call) in CALLS.items():
+        if level == "SERIALIZABLE" and "near" not in name:
+            # As under REPEATABLE READ.
+            continue
         privilege = "write" if rule == "write" else "read"
         statement = f"SELECT * FROM {call} AS t"
         with Session(place, privilege, level) as session:
