@@ -142,6 +142,8 @@ DECLARE
     wrong record;
     result record;
 BEGIN
+    keys := ehub.as_list('keys', keys);
+    weights := ehub.as_list('weights', weights);
     IF keys IS NOT NULL AND filter IS NOT NULL THEN
         RAISE EXCEPTION 'space %: give either keys or a filter, and not both', quote_literal(space)
             USING ERRCODE = 'EH005';

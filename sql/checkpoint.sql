@@ -185,7 +185,7 @@ BEGIN
     RETURN QUERY EXECUTE format(
         'SELECT * FROM %s AS rows WHERE $1 IS NULL OR key = ANY ($1)',
         ehub.relation_at(ehub.require_space(address), checkpoint)
-    ) USING keys;
+    ) USING ehub.as_list('keys', keys);
 END $$;
 
 -- The exact neighbours of a query among the rows as of a checkpoint.

@@ -94,6 +94,7 @@ BEGIN
             ehub.rows_of(a), ehub.rows_of(b)
         ) INTO keys USING sample, seed;
     END IF;
+    keys := ehub.as_list('keys', keys);
     RETURN QUERY
     SELECT one.key, ehub.shared(
         ARRAY(SELECT n.key FROM ehub.nearest_to(ehub.address(a), one.key, k) AS n),
@@ -115,6 +116,8 @@ DECLARE
     a ehub.catalogue := ehub.require_space(earlier);
     b ehub.catalogue := ehub.require_space(later);
 BEGIN
+    queries := ehub.as_list('queries', queries);
+    later_queries := ehub.as_list('later_queries', later_queries);
     IF cardinality(queries) <> cardinality(later_queries) THEN
         RAISE EXCEPTION 'each query in the form of either version is needed, not % and %',
             cardinality(queries), cardinality(later_queries) USING ERRCODE = 'EH005';

@@ -21,6 +21,7 @@ LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     target ehub.catalogue := ehub.require_space(space);
 BEGIN
+    keys := ehub.as_list('keys', keys);
     PERFORM ehub.require_keys(target, keys);
     RETURN QUERY EXECUTE format(
         'WITH asked AS MATERIALIZED ('
@@ -62,6 +63,7 @@ BEGIN
         RAISE EXCEPTION 'space %: a distance is a number, not %', quote_literal(space),
             coalesce(radius::text, 'NULL') USING ERRCODE = 'EH005';
     END IF;
+    leave_out := ehub.keys_left_out(leave_out);
     filter := ehub.filter_with_index(target, filter, index);
     WHILE NOT complete AND asked <= 10000 LOOP
         SELECT array_agg(n.key) AS keys, array_agg(n.distance) AS distances,
@@ -132,6 +134,8 @@ DECLARE
     total float8;
     mean float8[];
 BEGIN
+    keys := ehub.as_list('examples', keys);
+    weights := ehub.as_list('weights', weights);
     IF coalesce(cardinality(keys), 0) = 0 THEN
         RAISE EXCEPTION 'space %: an empty batch: no examples were given',
             quote_literal(target.space) USING ERRCODE = 'EH005';
@@ -192,6 +196,6 @@ BEGIN
     RETURN QUERY
     SELECT * FROM ehub.nearest(
         here, ehub.example_query(here, likes, unlikes, weights, unlike_weights), k,
-        likes || unlikes, filter, partition, index
+        ehub.as_list('likes', likes) || ehub.as_list('unlikes', unlikes), filter, partition, index
     );
 END $$;

@@ -14,6 +14,25 @@ BEGIN
     RETURN chosen;
 END $$;
 
+-- A list that somebody gives as an array: counted from 1, whatever its lower bound is. One of several
+-- dimensions is refused.
+CREATE OR REPLACE FUNCTION ehub.as_list(what text, list anyarray) RETURNS anyarray
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF array_ndims(list) > 1 THEN
+        RAISE EXCEPTION '% is a list: an array of one dimension, not of %', what, array_ndims(list)
+            USING ERRCODE = 'EH005';
+    END IF;
+    RETURN list[:];
+END $$;
+
+-- Keys that a search leaves out. NULL is none.
+CREATE OR REPLACE FUNCTION ehub.keys_left_out(leave_out text[]) RETURNS text[]
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN array_remove(ehub.as_list('leave_out', leave_out), NULL);
+END $$;
+
 -- Refuse a query that has no neighbours by its nature.
 CREATE OR REPLACE FUNCTION ehub.require_query(
     target ehub.catalogue, query @vector@.vector, k int
@@ -48,6 +67,7 @@ DECLARE
     target ehub.catalogue := ehub.require_space(space);
 BEGIN
     PERFORM ehub.require_query(target, query, k);
+    leave_out := ehub.keys_left_out(leave_out);
     -- The sum keeps the planner from an approximate index that somebody made on the table.
     RETURN QUERY EXECUTE format(
         'SELECT * FROM ('
@@ -368,6 +388,9 @@ DECLARE
     reason text;
 BEGIN
     PERFORM ehub.require_query(target, query, k);
+    IF leave_out IS NOT NULL THEN
+        leave_out := ehub.keys_left_out(leave_out);
+    END IF;
     IF matching THEN
         filter := ehub.filter_with_index(target, filter, index);
         PERFORM ehub.require_partition(target, partition);
@@ -462,6 +485,7 @@ BEGIN
         RAISE EXCEPTION 'space %: an empty batch: no queries were given', quote_literal(space)
             USING ERRCODE = 'EH005';
     END IF;
+    queries := ehub.as_list('queries', queries);
     PERFORM ehub.require_query(target, v.query, k) FROM unnest(queries) AS v (query);
     PERFORM ehub.require_partition(target, partition);
     filter := ehub.filter_with_index(target, filter, index);

@@ -6,7 +6,7 @@ CREATE OR REPLACE FUNCTION ehub.for_everybody() RETURNS name[]
 LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT ARRAY[
         -- Rows, under the caller's own rights.
-        'add_attached_triggers', 'add_triggers', 'address', 'as_metadata',
+        'add_attached_triggers', 'add_triggers', 'address', 'as_list', 'as_metadata',
         'attach', 'attached_column', 'attached_condition', 'attached_fields',
         'attached_key', 'attached_problem', 'attached_rows', 'attached_shape',
         'attached_token', 'average', 'average_steps', 'average_value', 'average_weight',
@@ -19,6 +19,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'filter_of_field', 'filter_of_index', 'filter_parts', 'filter_path', 'filter_text',
         'filter_with_index', 'get', 'has_distances', 'has_filter', 'has_keys', 'hides_rows',
         'hear_of_revocations', 'holder', 'implies', 'in_turns', 'index_missing', 'indexes_for', 'joined',
+        'keys_left_out',
         'kept_metadata', 'known_rows', 'mark_of', 'mean_of_examples', 'merge_staged', 'nearest',
         'nearest_at', 'nearest_exact', 'nearest_exact_to', 'nearest_like', 'nearest_many',
         'nearest_of_batch', 'nearest_to', 'object_of', 'overlap', 'overlap_of_queries',

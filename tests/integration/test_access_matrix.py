@@ -136,6 +136,8 @@ FUNCTIONS = {
     "detach": ("admin", "ehub.detach('secret')", "EH028"),
     "reattach": ("admin", "ehub.reattach('secret')", "EH028"),
     "remove_attached": ("admin", "ehub.remove_attached('secret')", "EH028"),
+    "as_list": (ANYBODY, "ehub.as_list('keys', ARRAY[1])"),
+    "keys_left_out": (ANYBODY, "ehub.keys_left_out('{a}')"),
     "as_metadata": (ANYBODY, "ehub.as_metadata('{}')"),
     "attached_column": (ANYBODY, "ehub.attached_column('pg_class', 'oid', 1)"),
     "attached_condition": (ANYBODY, "ehub.attached_condition('pg_class', '{\"a\": 1}')"),
