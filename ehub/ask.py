@@ -12,6 +12,7 @@ import typer
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import ehub
+from ehub import jsontext
 from ehub.terminal import Address, Filter, Json, Url, as_object, out, print_table, progress
 
 app = typer.Typer()
@@ -264,7 +265,7 @@ def _show(
 ) -> None:
     if as_json:
         answers = [_described(neighbor, metadata) for neighbor in found]
-        print(json.dumps({"query": asked, "neighbors": answers}, ensure_ascii=False))
+        print(jsontext.write({"query": asked, "neighbors": answers}))
         return
     rows = [[*_cells(neighbor, metadata)] for neighbor in found]
     print_table(["key", "distance", *(["metadata"] if metadata else [])], rows, title)
@@ -281,4 +282,4 @@ def _cells(neighbor: ehub.Neighbor, metadata: bool) -> Iterator[str]:
     yield neighbor.key
     yield f"{neighbor.distance:.6g}"
     if metadata:
-        yield json.dumps(neighbor.metadata, ensure_ascii=False)
+        yield jsontext.write(neighbor.metadata)

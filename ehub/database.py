@@ -11,9 +11,10 @@ from typing import Any, TypeAlias
 import psycopg
 from psycopg import errors as pg
 from psycopg import sql
+from psycopg.types.json import set_json_loads
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from ehub import errors
+from ehub import errors, jsontext
 from ehub.binary import (
     COPY_HEADER,
     COPY_TRAILER,
@@ -282,5 +283,6 @@ def _configure(connection: Connection) -> None:
         "SET extra_float_digits = 1; SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres';"
         " SET bytea_output = 'hex'; SET standard_conforming_strings = on"
     )
+    set_json_loads(jsontext.read, connection)
     for parameter in (VectorParameter, VectorsParameter):
         connection.adapters.register_dumper(parameter, VectorDumper)

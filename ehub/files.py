@@ -182,7 +182,7 @@ class EmbeddingFile:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidFileError(f"{self.path}, line {number}: {error}") from None
             if not isinstance(row, dict):
                 raise InvalidFileError(f"{self.path}, line {number}: an object is needed")
@@ -219,7 +219,7 @@ class EmbeddingFile:
             try:
                 listed = text.startswith("[")
                 values = json.loads(text) if listed else [float(part) for part in text.split()]
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidFileError(f"{self.path}, {place}, {vector!r}: {error}") from None
         if name is None or values is None:
             raise InvalidFileError(f"{self.path}, {place}: no {key if name is None else vector!r}")

@@ -242,7 +242,7 @@ def _object(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ehub.InvalidMetadataError(f"--rows is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ehub.InvalidMetadataError(f"--rows is a JSON object, not {text}")

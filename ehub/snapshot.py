@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import threading
 import uuid
@@ -15,7 +14,7 @@ from typing import Any, Literal, NamedTuple, SupportsIndex, TypeAlias, cast, ove
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ehub import values
+from ehub import jsontext, values
 from ehub.database import Connection, Database, copy_rows
 from ehub.download import Block, Lease, Source, download, identity, news
 from ehub.errors import (
@@ -728,7 +727,7 @@ class Snapshot:
 
 
 def _note(text: str | None) -> dict[str, Any]:
-    return {} if text is None else cast("dict[str, Any]", json.loads(text))
+    return {} if text is None else cast("dict[str, Any]", jsontext.read(text))
 
 
 def _with_changes(block: Block, places: Mapping[str, int], new: Mapping[str, _Own]) -> Block:

@@ -44,7 +44,7 @@ def as_object(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidFilterError(f"filter: not JSON: {error}") from None
     return found
 
