@@ -36,6 +36,18 @@ FILTERS = [
     '{"or": [{"%s": 3}, {"note": "x"}]}',
     '{"note": "y", "%s": {"<": 3}}',
 ]
+# What a session may have set, and none of it matters.
+SETTINGS = [
+    "extra_float_digits = -15",
+    "DateStyle = 'German'",
+    "standard_conforming_strings = off; SET escape_string_warning = off",
+    "array_nulls = off",
+    "transform_null_equals = on",
+    "enable_seqscan = off",
+    "enable_indexscan = off",
+    "plan_cache_mode = force_generic_plan",
+    "plan_cache_mode = force_custom_plan",
+]
 # What a table may refuse of a write: a key that is there, or whose partition is not; and two keys that are
 # the same to it.
 REFUSED = (
@@ -550,6 +562,12 @@ class AttachedMachine(RuleBasedStateMachine):
             wanted = json.dumps({self.names.number: {">=": 2}})
             self.db.execute("SELECT ehub.create_index('s', 'few', %s)", [wanted])
             self.indexes = (wanted,)
+
+    @rule(setting=st.sampled_from(SETTINGS))
+    def set_something(self, setting):
+        """What a session sets changes nothing."""
+        for connection in self.connections[1:]:
+            connection.execute(f"SET {setting}")
 
     @rule()
     def settle(self):

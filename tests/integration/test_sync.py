@@ -8,6 +8,7 @@ holds is compared with the table, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 
@@ -27,6 +28,18 @@ UPSERT = (
     "INSERT INTO spaces.s (key, embedding) VALUES (%s, %s)"
     " ON CONFLICT (key) DO UPDATE SET embedding = EXCLUDED.embedding"
 )
+# What a session may have set, and none of it matters.
+SETTINGS = [
+    "extra_float_digits = -15",
+    "DateStyle = 'German'",
+    "standard_conforming_strings = off; SET escape_string_warning = off",
+    "array_nulls = off",
+    "transform_null_equals = on",
+    "search_path = pg_temp",
+    "synchronous_commit = off",
+    "plan_cache_mode = force_generic_plan",
+    "plan_cache_mode = force_custom_plan",
+]
 BLOCKED = (
     psycopg.errors.LockNotAvailable,
     psycopg.errors.DeadlockDetected,
@@ -111,6 +124,30 @@ class SyncMachine(RuleBasedStateMachine):
     @rule(number=WRITERS)
     def truncate(self, number):
         self.write(number, f"TRUNCATE {self.relation}")
+
+    @rule(number=WRITERS, key=KEYS, other=KEYS)
+    def write_as_replication_does(self, number, key, other):
+        """Other triggers fire, a row at a time."""
+        self.writers[number].execute("SET session_replication_role = replica")
+        self.write(number, UPSERT, [key, self.vector()])
+        self.write(number, "UPDATE spaces.s SET key = %s WHERE key = %s", [other, key])
+        self.write(number, "DELETE FROM spaces.s WHERE key = 'k0'")
+        self.writers[number].execute("SET session_replication_role = origin")
+
+    @rule(key=KEYS, how=st.sampled_from(["ALL", "USER", "ehub_log_update", "ehub_log_insert"]))
+    def write_past_the_triggers(self, key, how):
+        """What pg_restore does, and whoever thinks that he knows better."""
+        with contextlib.suppress(*BLOCKED), self.admin.transaction():
+            self.admin.execute("SET LOCAL lock_timeout = '50ms'")
+            self.admin.execute(f"ALTER TABLE {self.relation} DISABLE TRIGGER {how}")
+            self.admin.execute(UPSERT, [key, self.vector()])
+            self.admin.execute(f"ALTER TABLE {self.relation} ENABLE TRIGGER {how}")
+            # What the service does as soon as nobody writes: ALL are not as they were.
+            self.admin.execute("SELECT ehub.fit_triggers(%s)", [int(self.relation.split("v")[-1])])
+
+    @rule(number=WRITERS, setting=st.sampled_from(SETTINGS))
+    def set_something(self, number, setting):
+        self.writers[number].execute(f"SET {setting}")
 
     @rule(number=WRITERS)
     def begin_transaction(self, number):

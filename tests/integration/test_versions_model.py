@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import psycopg
 import pytest
@@ -43,11 +45,14 @@ class VersionsMachine(RuleBasedStateMachine):
         self.current = "v1"
         # What was current before each promotion that no rollback has undone.
         self.before = []
+        # A transaction with a snapshot, in which nothing of ehub was read.
+        self.old = None
         if self.place == "local":
             self.space.wait_until_indexed(30)
 
     def teardown(self):
         if hasattr(self, "hub"):
+            self.close_old()
             self.hub.delete_space("s")
             self.hub.close()
             self.db.close()
@@ -250,6 +255,53 @@ class VersionsMachine(RuleBasedStateMachine):
         if version in self.versions and self.random.random() < 0.3:
             self.handle(version).freeze()
             self.versions[version].frozen = True
+
+    # --- transactions that keep their snapshot
+
+    def close_old(self):
+        if self.old is not None:
+            self.old.close()
+            self.old = None
+
+    @rule(level=st.sampled_from(["REPEATABLE READ", "SERIALIZABLE"]))
+    def keep_a_snapshot(self, level):
+        self.close_old()
+        self.old = psycopg.connect(self.url, autocommit=True)
+        self.old.execute(f"BEGIN ISOLATION LEVEL {level}")
+        self.old.execute("SELECT 1")
+
+    @precondition(lambda self: getattr(self, "old", None) is not None)
+    @rule(first=st.booleans(), write=st.booleans())
+    def look_back(self, first, write):
+        """Whatever came in between, all doors open to one version, which a view is of."""
+        old = self.old
+        if write:
+            with contextlib.suppress(psycopg.Error), old.transaction():
+                old.execute("SELECT ehub.set('s', 'new', '[1,2,3]', '{\"n\": 9}')")
+        looks = [self.seen_in_view, self.seen_by_functions]
+        seen = [look(old) for look in (looks if first else reversed(looks))]
+        if None not in seen:
+            assert seen[0] == seen[1]
+        # It holds its version from here on, and those who promote would wait.
+        self.close_old()
+
+    def seen_in_view(self, connection):
+        return dict(connection.execute("SELECT key, embedding::text FROM spaces.s").fetchall())
+
+    def seen_by_functions(self, connection):
+        """The same by functions; None where none of them knows the version that is current now."""
+        try:
+            with connection.transaction():
+                found = connection.execute(
+                    "SELECT n.key, ehub.get('s', n.key)::text"
+                    " FROM ehub.nearest('s', '[0,0,0]', 100) AS n"
+                ).fetchall()
+        except psycopg.errors.SerializationFailure:
+            for call in ("within('s', '[0,0,0]', 1)", "get('s', 'k1')", "delete('s', 'k1')"):
+                with pytest.raises(psycopg.errors.SerializationFailure), connection.transaction():
+                    connection.execute(f"SELECT * FROM ehub.{call}")
+            return None
+        return dict(found)
 
     # --- what must hold
 
