@@ -51,13 +51,14 @@ CREATE OR REPLACE FUNCTION ehub.role_of(caller ehub.caller) RETURNS regrole
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     role text := split_part(caller, ' ', 1);
+    -- No PERFORM, which would be planned and executed as a statement.
+    heard boolean := ehub.hear_of_revocations();
 BEGIN
     IF caller IS NULL OR caller <> role || ehub.this_statement() THEN
         -- A subquery without rows, or a value of another statement: no check has seen it.
         RAISE EXCEPTION 'who calls cannot be told; leave the argument "caller" out'
             USING ERRCODE = 'insufficient_privilege';
     END IF;
-    PERFORM ehub.hear_of_revocations();
     RETURN role::oid;
 END $$;
 

@@ -19,6 +19,7 @@ BEGIN
             $body$
             DECLARE
                 changed text[];
+                noted text;
             BEGIN
                 BEGIN
                     IF TG_LEVEL = 'ROW' THEN
@@ -68,7 +69,7 @@ BEGIN
                 IF FOUND THEN
                     PERFORM ehub.ring();
                 END IF;
-                PERFORM ehub.note_logged(TG_RELID);
+                noted := ehub.note_logged(TG_RELID);
                 RETURN NULL;
             END
             $body$,

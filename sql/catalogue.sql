@@ -80,8 +80,12 @@ END $$;
 -- Of these rows just those with some keys, as a condition; `keys` is an expression for a text[].
 CREATE OR REPLACE FUNCTION ehub.has_keys(target ehub.catalogue, keys text, rows text DEFAULT 't')
 RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT CASE WHEN target.relation IS NULL THEN format('%s.key = ANY (%s)', rows, keys) ELSE (
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF target.relation IS NULL THEN
+        RETURN format('%s.key = ANY (%s)', rows, keys);
+    END IF;
+    RETURN (
         -- NULL where it has another key by now.
         SELECT CASE
             WHEN k.kind = 'text' AND EXISTS (
@@ -93,17 +97,20 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
             WHEN k.kind IS NOT NULL
                 THEN format('%s.pk = ANY (ehub.%I(%s))', rows, k.kind || '_keys', keys)
         END FROM ehub.attached_key(target.relation) AS k
-    ) END
-$$;
+    );
+END $$;
 
 -- Of these rows just those that match a filter, as a condition; NULL without one.
 CREATE OR REPLACE FUNCTION ehub.has_filter(target ehub.catalogue, filter jsonb) RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    SELECT CASE
-        WHEN target.relation IS NULL THEN ehub.filter_condition(filter)
-        WHEN filter IS NOT NULL THEN ehub.attached_condition(target.relation, filter)
-    END
-$$;
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF target.relation IS NULL THEN
+        RETURN ehub.filter_condition(filter);
+    ELSIF filter IS NOT NULL THEN
+        RETURN ehub.attached_condition(target.relation, filter);
+    END IF;
+    RETURN NULL;
+END $$;
 
 -- How many rows a table has, as far as the planner knows; negative where it does not.
 CREATE OR REPLACE FUNCTION ehub.known_rows(relation regclass) RETURNS float8

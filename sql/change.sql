@@ -27,6 +27,7 @@ CREATE OR REPLACE FUNCTION ehub.log_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     version bigint := TG_ARGV[0];
+    noted text;
 BEGIN
     IF TG_LEVEL = 'ROW' THEN
         INSERT INTO ehub.change (version_id, keys)
@@ -57,7 +58,7 @@ BEGIN
     IF FOUND THEN
         PERFORM ehub.ring();
     END IF;
-    PERFORM ehub.note_logged(TG_RELID);
+    noted := ehub.note_logged(TG_RELID);
     RETURN NULL;
 END $$;
 

@@ -111,14 +111,14 @@ DECLARE
     );
     relation text := format('ehub_data.%I', 'v' || version_id);
 BEGIN
+    PERFORM ehub.add_triggers(
+        relation, 'ehub_keep_', format('ehub_data.%I(%L)', 'keep_v' || version_id, coalesce(latest, 0)),
+        'BEFORE'
+    );
     IF latest IS NULL THEN
         -- To drop them would keep readers out.
         PERFORM ehub.switch_triggers(relation, 'ehub_keep_', 'DISABLE');
-        RETURN;
     END IF;
-    PERFORM ehub.add_triggers(
-        relation, 'ehub_keep_', format('ehub_data.%I(%L)', 'keep_v' || version_id, latest), 'BEFORE'
-    );
 END $$;
 
 -- The id of a checkpoint; one that is unknown is an error.

@@ -209,11 +209,11 @@ BEGIN
 END $$;
 
 -- Remember, to the end of the transaction, that all changes of a relation so far are logged. By what
--- logs them.
-CREATE OR REPLACE FUNCTION ehub.note_logged(relation oid) RETURNS void
+-- logs them. Returns what was remembered.
+CREATE OR REPLACE FUNCTION ehub.note_logged(relation oid) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    PERFORM set_config('ehub.logged_' || relation, ehub.counted_changes(relation)::text, true);
+    RETURN set_config('ehub.logged_' || relation, ehub.counted_changes(relation)::text, true);
 END $$;
 
 -- Whether this transaction has changed rows of a version that are not in the log yet. That is so within

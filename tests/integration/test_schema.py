@@ -196,3 +196,39 @@ def test_reading_the_log_uses_its_index(hub, db):
     assert "Seq Scan" not in text
     rows = [int(float(n)) for n in re.findall(r"actual rows=([\d.]+)", text)]
     assert max(rows) < 100
+
+
+def test_what_an_older_release_has_not_made_is_made(hub, db, url, tmp_path):
+    """Triggers that came later, and marks of current versions, of spaces of every kind."""
+    space = hub.create_space("s", 2)
+    space.multiset([("a", [1, 1], {"n": 1})])
+    space.checkpoint("one")
+    hub.create_average("means", "s", "n")
+    hub.create_space("frozen", 2).freeze()
+    forgetful = hub.create_space("forgetful", 2)
+    forgetful.checkpoint("gone")
+    forgetful.drop_checkpoint("gone")
+    rows = db.execute(
+        "SELECT tgrelid::regclass::text, tgname FROM pg_trigger"
+        " WHERE tgname ~ '^ehub.*_row$' AND tgrelid::regclass::text ~ '^ehub_data.v'"
+    ).fetchall()
+    assert len(rows) == 9
+    for table, trigger in rows:
+        db.execute(f"DROP TRIGGER {trigger} ON {table}")
+    marks = db.execute(
+        "SELECT oid::regtype::text FROM pg_type WHERE typname ~ '^current_v'"
+    ).fetchall()
+    assert len(marks) == 4
+    for (mark,) in marks:
+        db.execute(f"DROP TYPE {mark}")
+    assert {one.remedy for one in hub.doctor()} == {"mark it", "put them right"}
+    db.execute("UPDATE ehub.setting SET value = 'old' WHERE name = 'sql_digest'")
+    with contextlib.closing(Database(Target(url, tmp_path))) as database:
+        assert migrate_module.migrate(database)
+    assert hub.doctor() == []
+    db.execute("SET session_replication_role = replica")
+    db.execute("UPDATE spaces.s SET embedding = '[5,5]'")
+    assert db.execute("SELECT embedding::text FROM spaces.means").fetchone() == ("[5,5]",)
+    assert space.at("one").get("a").tolist() == [1, 1]
+    with pytest.raises(psycopg.Error, match="frozen"):
+        db.execute("INSERT INTO spaces.frozen (key, embedding) VALUES ('a', '[1,1]')")
