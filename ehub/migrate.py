@@ -65,6 +65,8 @@ def _in_transaction(engine: sqlalchemy.Engine) -> bool:
 def _migrate(connection: sqlalchemy.Connection) -> bool:
     driver: Connection = connection.connection.driver_connection  # type: ignore[assignment]
     digest = resources.sql_digest()
+    # The files are written for this, whatever the role or the database sets.
+    driver.execute("SET LOCAL standard_conforming_strings = on")
     if _is_done(driver, digest):
         return False
     vector_schema = _require_pgvector(driver)

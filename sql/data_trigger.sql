@@ -189,14 +189,21 @@ END $$;
 -- Why no index can follow the data table of a version; NULL if it can.
 CREATE OR REPLACE FUNCTION ehub.own_problem(version_id bigint) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    relation regclass := to_regclass('ehub_data.v' || $1);
 BEGIN
-    IF ehub.unlogged($1, to_regclass('ehub_data.v' || $1)) THEN
-        RETURN format(
-            'triggers of ehub are missing or switched off on ehub_data.v%s; `ehub doctor --mend` puts'
-            ' them right', $1
-        );
-    END IF;
-    RETURN NULL;
+    RETURN CASE
+        WHEN ehub.unlogged($1, relation) THEN format(
+            'triggers of ehub are missing or switched off on %s; `ehub doctor --mend` puts them right',
+            relation
+        )
+        WHEN (SELECT c.relpersistence = 'u' FROM pg_class AS c WHERE c.oid = relation) THEN format(
+            '%s is unlogged: a crash empties it, and no log says so; ALTER TABLE … SET LOGGED', relation
+        )
+        WHEN EXISTS (SELECT FROM pg_inherits AS i WHERE relation IN (i.inhrelid, i.inhparent)) THEN format(
+            '%s is a part of another table, or has parts, whose writers fire none of its triggers', relation
+        )
+    END;
 END $$;
 
 -- Of a relation that is being changed, the rows that this session has changed, as its statistics count

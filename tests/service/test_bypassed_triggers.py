@@ -112,6 +112,34 @@ def test_a_table_that_was_restored(space, db):
     assert number
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("ALTER TABLE {t} SET UNLOGGED", "is unlogged"),
+        (
+            "CREATE TABLE parent (key text NOT NULL, embedding vector NOT NULL, metadata jsonb NOT NULL);"
+            "ALTER TABLE {t} INHERIT parent",
+            "a part of another table",
+        ),
+    ],
+)
+def test_a_table_that_is_made_another_kind_of_table(space, db, change, why):
+    db.execute(change.format(t=relation(db)))
+    (said,) = db.execute("SELECT DISTINCT in_sql FROM ehub.status").fetchone()
+    assert why in said
+    deadline = time.monotonic() + 20
+    while "is failed" not in str(index_missing(db)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if "parent" in change:
+        db.execute("UPDATE parent SET embedding = '[500,0]' WHERE key = 'k1'")
+    assert nearest(db, "[500,0]") == (["k1"] if "parent" in change else ["k100"])
+
+
+def index_missing(db):
+    return db.execute("SELECT ehub.index_missing('s', pg_current_snapshot())").fetchone()[0]
+
+
 def test_images_of_checkpoints_and_averages_follow(space, connect, db):
     hub = connect(index="none")
     space.checkpoint("before")

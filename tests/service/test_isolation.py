@@ -203,3 +203,52 @@ def test_only_the_owner_installs_and_dblink_is_kept_apart(service, db, role):
     for host, port in (("", 1), ("x", 0), ("x", 65536), (None, 1)):
         with pytest.raises(psycopg.DatabaseError, match="a service has a host and a port"):
             db.execute("SELECT ehub.install_service(%s, %s::int)", [host, port])
+
+
+def test_what_is_revoked_is_gone_with_the_next_statement(space, db, role):
+    """By the index too: in one transaction, of statements that are planned and relations that are locked."""
+    name, reader = role("reader")
+    reader.prepare_threshold = 0
+    query = literal(vectors(1)[0])
+    for call in (
+        "ehub.nearest('secret', {q}, 3)",
+        "ehub.nearest('secret', {q}, 3, filter => '{{}}')",
+        "ehub.nearest('secret', {q}, 3, filter => '{{\"not\": {{\"a\": 1}}}}')",
+        "ehub.nearest_to('secret', 'k1', 3)",
+        "ehub.nearest_many('secret', ARRAY[{q}]::vector[], 3)",
+        "ehub.within('secret', {q}, 1e9, 3, complete => false)",
+        "generate_series(1, 3) AS g, LATERAL ehub.nearest('secret', {q}, 1 + g)",
+    ):
+        statement = "SELECT * FROM " + call.format(q=f"'{query}'")
+        for level in ("READ COMMITTED", "REPEATABLE READ"):
+            grant(db, name)
+            reader.execute(f"BEGIN ISOLATION LEVEL {level}")
+            for _ in range(7):
+                assert reader.execute(statement).fetchall()
+            space.revoke(name)
+            with pytest.raises(psycopg.Error) as caught:
+                reader.execute(statement)
+            assert caught.value.sqlstate in ("42501", "EH001"), call
+            reader.execute("ROLLBACK")
+
+
+def test_a_promotion_is_seen_by_every_door_or_by_none(space, db, url):
+    """Also where the index proposes, for a transaction that keeps its snapshot."""
+    space.create_version("v2", from_version="v1")
+    db.execute('UPDATE spaces."secret@v2" SET embedding = embedding + embedding')
+    query = literal(2 * vectors(500)[7])
+    with psycopg.connect(url, autocommit=True) as session:
+        for level in ("REPEATABLE READ", "SERIALIZABLE"):
+            settled(db, "secret@v2")
+            session.execute(f"BEGIN ISOLATION LEVEL {level}")
+            session.execute("SELECT 1")
+            space.promote("v2")
+            for statement in (
+                "SELECT key, distance = 0 FROM ehub.nearest('secret', %s, 1)",
+                "SELECT key, distance = 0 FROM ehub.nearest_many('secret', ARRAY[%s]::vector[], 1)",
+                "SELECT n.key, s.embedding = %s FROM spaces.secret AS s"
+                " JOIN ehub.nearest('secret', s.embedding, 1) AS n USING (key) WHERE s.key = 'k7'",
+            ):
+                assert session.execute(statement, [query]).fetchone() == ("k7", True)
+            session.execute("COMMIT")
+            space.promote("v1")
