@@ -19,8 +19,10 @@ BEGIN
             $body$
             DECLARE
                 changed text[];
-                noted text;
+                n bigint := 0;
+                context text;
             BEGIN
+                GET DIAGNOSTICS context = PG_CONTEXT;
                 BEGIN
                     IF TG_LEVEL = 'ROW' THEN
                         IF TG_OP <> 'INSERT' THEN
@@ -69,7 +71,20 @@ BEGIN
                 IF FOUND THEN
                     PERFORM ehub.ring();
                 END IF;
-                noted := ehub.note_logged(TG_RELID);
+                IF TG_LEVEL = 'ROW' THEN
+                    n := 1;
+                ELSIF TG_OP = 'TRUNCATE' OR changed IS NULL THEN
+                    -- A table that statements under way use is not truncated; and an index that is told
+                    -- that everything may have changed helps no more in this transaction.
+                    context := '';
+                ELSIF split_part(context, chr(10), 2) = '' THEN
+                    n := 0;
+                ELSIF TG_OP = 'DELETE' THEN
+                    n := (SELECT count(*) FROM old_rows);
+                ELSE
+                    n := (SELECT count(*) FROM new_rows);
+                END IF;
+                context := ehub.note_logged(TG_RELID, context, n);
                 RETURN NULL;
             END
             $body$,

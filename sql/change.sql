@@ -27,12 +27,15 @@ CREATE OR REPLACE FUNCTION ehub.log_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     version bigint := TG_ARGV[0];
-    noted text;
+    changed bigint := 0;
+    context text;
 BEGIN
+    GET DIAGNOSTICS context = PG_CONTEXT;
     IF TG_LEVEL = 'ROW' THEN
         INSERT INTO ehub.change (version_id, keys)
         SELECT version, array_agg(DISTINCT key)
         FROM unnest(ARRAY[OLD.key, NEW.key]) AS key WHERE key IS NOT NULL;
+        changed := 1;
     ELSIF TG_OP = 'INSERT' THEN
         INSERT INTO ehub.change (version_id, keys)
         SELECT version, array_agg(key)
@@ -54,11 +57,20 @@ BEGIN
         GROUP BY part;
     ELSE
         INSERT INTO ehub.change (version_id, keys) VALUES (version, NULL);
+        -- A table that statements under way use is not truncated.
+        context := '';
     END IF;
     IF FOUND THEN
         PERFORM ehub.ring();
     END IF;
-    noted := ehub.note_logged(TG_RELID);
+    IF split_part(context, chr(10), 2) <> '' AND TG_LEVEL = 'STATEMENT' THEN
+        IF TG_OP = 'DELETE' THEN
+            changed := (SELECT count(*) FROM old_rows);
+        ELSE
+            changed := (SELECT count(*) FROM new_rows);
+        END IF;
+    END IF;
+    context := ehub.note_logged(TG_RELID, context, changed);
     RETURN NULL;
 END $$;
 

@@ -215,22 +215,36 @@ BEGIN
         + pg_stat_get_xact_tuples_deleted(relation);
 END $$;
 
--- Remember, to the end of the transaction, that all changes of a relation so far are logged. By what
--- logs them. Returns what was remembered.
-CREATE OR REPLACE FUNCTION ehub.note_logged(relation oid) RETURNS text
+-- Remember, to the end of the transaction, how many changes of a relation are logged. By what logs them;
+-- `context` is its PG_CONTEXT, and `changed` the number of rows that its statement has changed. Returns what
+-- was remembered.
+--
+-- At the end of a statement that a client has sent all that was counted is logged. A statement that a
+-- function runs may be a part of another one, whose changes are counted already and not logged yet: just
+-- its own are added. Then what was counted before this transaction is not known, unless it wrote to the
+-- relation before; so that nothing is, next time, statistics are passed on at its end.
+CREATE OR REPLACE FUNCTION ehub.note_logged(relation oid, context text, changed bigint) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    setting text := 'ehub.logged_' || relation;
 BEGIN
-    RETURN set_config('ehub.logged_' || relation, ehub.counted_changes(relation)::text, true);
+    IF split_part(context, chr(10), 2) = '' THEN
+        RETURN set_config(setting, ehub.counted_changes(relation)::text, true);
+    END IF;
+    PERFORM pg_stat_force_next_flush();
+    RETURN set_config(
+        setting, (coalesce(nullif(current_setting(setting, true), ''), '0')::bigint + changed)::text, true
+    );
 END $$;
 
 -- Whether this transaction has changed rows of a version that are not in the log yet. That is so within
 -- the statement that changes them: in its triggers, in what it calls, beside it in a WITH. The log is
 -- written at its end, and its changes are seen already by what is VOLATILE.
 --
--- Known by what was counted of the table when the log was written last. What is counted now may be of
--- earlier transactions, unless the table is locked for writing. And in a trigger what was counted when
--- the log was written last may be of a statement that is still under way, so there, after the table was
--- written to, the answer is yes: an exact search is the worst that can come of it.
+-- Known by what was counted of the table when the log was written last (ehub.note_logged). What is counted
+-- now may be of earlier transactions, unless the table is locked for writing. And in a trigger what was
+-- counted when the log was written last may be of a statement that is still under way, so there, after the
+-- table was written to, the answer is yes: an exact search is the worst that can come of it.
 CREATE OR REPLACE FUNCTION ehub.has_unlogged_changes(version_id bigint) RETURNS boolean
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

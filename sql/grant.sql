@@ -537,6 +537,26 @@ BEGIN
     END LOOP;
 END $$;
 
+-- Whether a role has now what a grant gave it. A snapshot may see a grant that was revoked since, and
+-- privileges are never looked up in one.
+CREATE OR REPLACE FUNCTION ehub.is_granted(
+    space text, version_id bigint, role oid, privilege text
+) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF privilege = 'create' THEN
+        RETURN coalesce(
+            has_function_privilege(role, to_regproc('ehub.create_space'), 'EXECUTE'), false
+        );
+    END IF;
+    RETURN coalesce(has_table_privilege(
+        role,
+        CASE WHEN version_id IS NULL THEN to_regclass('spaces.' || quote_ident(space))
+            ELSE to_regclass('ehub_data.v' || version_id) END,
+        CASE privilege WHEN 'read' THEN 'SELECT' WHEN 'write' THEN 'INSERT' ELSE 'TRUNCATE' END
+    ), false);
+END $$;
+
 -- The grants: of the spaces that one manages all, of others those to oneself, directly or through a
 -- group. Without a space: 'create', and rights on spaces to come.
 CREATE OR REPLACE VIEW ehub.grants WITH (security_barrier) AS
@@ -555,6 +575,7 @@ LEFT JOIN pg_roles AS r ON r.oid = a.role
 WHERE (SELECT ehub.hear_of_revocations()) AND (
     has_table_privilege(to_regclass('spaces.' || quote_ident(s.name)), 'TRUNCATE')
     OR pg_has_role(r.oid, 'USAGE')
+        AND (a.space_id IS NULL OR ehub.is_granted(s.name, v.id, r.oid, a.privilege))
     OR pg_has_role((SELECT n.nspowner FROM pg_namespace AS n WHERE n.nspname = 'ehub'), 'USAGE')
 )
 ORDER BY s.name, v.id, r.rolname, a.id;
@@ -568,6 +589,7 @@ LEFT JOIN ehub.space AS s ON s.id = a.space_id
 LEFT JOIN ehub.version AS v ON v.id = a.version_id
 WHERE (SELECT ehub.hear_of_revocations())
     AND pg_has_role(r.oid, 'USAGE') AND (s.id IS NOT NULL OR a.privilege = 'create')
+    AND ehub.is_granted(s.name, v.id, r.oid, a.privilege)
     AND NOT pg_has_role((SELECT n.nspowner FROM pg_namespace AS n WHERE n.nspname = 'ehub'), 'USAGE')
 UNION ALL
 SELECT s.name, NULL, 'admin', NULL, n.nspowner::regrole::text

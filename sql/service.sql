@@ -220,7 +220,9 @@ SET client_min_messages = error AS $$
 DECLARE
     me regrole := ehub.role_of(caller);
     -- Until when the service is left alone, in seconds since 1970, and how often it has failed.
-    breaker float8[] := nullif(current_setting('ehub.breaker', true), '');
+    breaker float8[] := substring(
+        current_setting('ehub.breaker', true), '^[{][0-9]{1,12}[.][0-9]{3},[0-9]{1,2}[}]$'
+    );
     patience float8 := ehub.whole_setting('ehub.service_timeout', 1000) + 20 * n;
     sent timestamptz := clock_timestamp();
     nonce text := date_part('epoch', sent);
@@ -376,7 +378,9 @@ BEGIN
         date_part('epoch', clock_timestamp()) + least(0.5 * 2 ^ coalesce(breaker[2], 0), 15),
         least(coalesce(breaker[2], 0) + 1, 10)
     ];
-    PERFORM set_config('ehub.breaker', breaker::text, false);
+    PERFORM set_config(
+        'ehub.breaker', format('{%s,%s}', round(breaker[1]::numeric, 3), breaker[2]), false
+    );
     IF breaker[2] = 1 THEN
         RAISE LOG 'ehub: searches are exact, the index service cannot be asked: %', reason;
     END IF;

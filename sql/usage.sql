@@ -37,7 +37,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'images', 'lag',
         'me', 'sees_all', 'this_statement',
         -- For replicas: to such callers, or to whoever knows what it was given before.
-        'acknowledge', 'acknowledged', 'forget_replica', 'identity', 'is_recognised', 'release_log', 'report',
+        'acknowledge', 'acknowledged', 'forget_replica', 'identity', 'is_granted', 'is_recognised', 'release_log', 'report',
         'trim', 'trimmed_below',
         -- With the owner's rights, for the admins of a space.
         'add_attached', 'attachment_of', 'checkpoint', 'create_average', 'create_index',

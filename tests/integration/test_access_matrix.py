@@ -184,6 +184,7 @@ FUNCTIONS = {
     "me": (ANYBODY, "ehub.me()"),
     "this_statement": (ANYBODY, "ehub.this_statement()"),
     "identity": (ANYBODY, "ehub.identity()"),
+    "is_granted": (ANYBODY, "ehub.is_granted('secret', NULL, 10, 'read')"),
     "is_recognised": (ANYBODY, "ehub.is_recognised()"),
     "recognise": ("owner", "ehub.recognise()"),
     "relation_of_diff": ("read", f"ehub.relation_of_diff({ME}, {ME})"),

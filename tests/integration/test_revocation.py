@@ -41,7 +41,17 @@ CALLS = {
     "within_at_once": ("read", "ehub.within('secret', '[1,0]', 9, complete => false)"),
     "nearest_of_version": ("read", "ehub.nearest('secret@v1', '[1,0]', 50)"),
 }
-VIEWS = ["catalogue", "versions", "status", "indexes", "sub_indexes", "checkpoints", "promotions"]
+VIEWS = [
+    "whoami",
+    "grants",
+    "catalogue",
+    "versions",
+    "status",
+    "indexes",
+    "sub_indexes",
+    "checkpoints",
+    "promotions",
+]
 
 
 @pytest.fixture(scope="module")

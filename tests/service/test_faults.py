@@ -168,6 +168,13 @@ def test_cancel_and_statement_timeout_end_a_wait(served, db, url):
     proxy.close()
 
 
+def test_what_somebody_writes_into_the_breaker_is_nothing(served, db):
+    for garbage in ("garbage", "{1e400}", "{1,2,3}", "{NaN,1}"):
+        db.execute("SELECT set_config('ehub.breaker', %s, false)", [garbage])
+        right(db)
+        by_index(db)
+
+
 def test_a_wait_for_a_service_that_promises_can_be_cancelled(served, db, url):
     until(lambda: prompt(db))
     os.kill(served.worker, signal.SIGSTOP)

@@ -50,6 +50,16 @@ STATEMENTS = {
     + near("'[10,0]'")
     + " AS found)"
     " INSERT INTO seen SELECT found FROM d",
+    # A function that the statement calls writes to the table as well, and searches then.
+    "nested in where": "UPDATE {t} SET {emb} = '[10,0.0007]' WHERE {key} LIKE 'c2\\_%'"
+    " AND write_and_look({key}) <> ''",
+    "nested in with": "WITH d AS (UPDATE {t} SET {emb} = '[0,5]' WHERE {key} LIKE 'c1\\_%' RETURNING {key}),"
+    " w AS MATERIALIZED (SELECT write_and_look({key}) AS found FROM d) INSERT INTO seen SELECT found FROM w",
+    "nested in returning": "WITH d AS (DELETE FROM {t} WHERE {key} LIKE 'c1\\_%'"
+    " RETURNING write_and_look({key}) AS found) INSERT INTO seen SELECT found FROM d",
+    "nested insert": "INSERT INTO {t} ({key}, {emb}) SELECT 'new' || i, '[10,0]' FROM generate_series(1, 4) i"
+    " WHERE write_and_look(i::text) <> ''",
+    "by a function alone": "SELECT write_and_look('')",
     # Triggers of the user's write down what they see.
     "insert": "INSERT INTO {t} ({key}, {emb}) VALUES ('x', '[10,0]'), ('y', '[10,0.001]'), ('z', '[10,0.002]')",
     "upsert": "INSERT INTO {t} ({key}, {emb}) VALUES ('x', '[10,0]'), ('c1_1', '[20,0]')"
@@ -95,7 +105,12 @@ def table(request, service, db):
         f" INSERT INTO {names['t']} ({names['key']}, {names['emb']})"
         f"  VALUES ('nested' || (SELECT count(*) FROM {names['t']}), '[10,0.0005]');"
         f" INSERT INTO seen SELECT 'nested' || {near(chr(39) + '[10,0]' + chr(39), 5)};"
-        f" RETURN NULL; END $$"
+        f" RETURN NULL; END $$;"
+        f"CREATE FUNCTION write_and_look(after text) RETURNS text LANGUAGE plpgsql AS $$ BEGIN"
+        f" INSERT INTO {names['t']} ({names['key']}, {names['emb']})"
+        f"  VALUES ('n' || (SELECT count(*) FROM seen), '[10,0.0005]');"
+        f" INSERT INTO seen SELECT after || {near(chr(39) + '[10,0]' + chr(39), 9)};"
+        f" RETURN after || {near(chr(39) + '[0,5]' + chr(39), 5)}; END $$"
     )
     settled(db)
     return names
@@ -167,6 +182,19 @@ def test_several_statements_and_savepoints(table, db):
         db.execute("SET LOCAL ehub.mode = 'auto'")
         found = db.execute("SELECT key FROM ehub.nearest('s', '[10,0]', 2)").fetchall()
         assert found == [("c1_1",), ("c1_2",)]
+
+
+def test_what_functions_write_is_found_by_the_index(table, db):
+    """Statements of functions, one after the other, in a session that writes all the time."""
+    # What it has written otherwise, a moment ago.
+    db.execute("SELECT pg_stat_force_next_flush()")
+    for _ in range(3):
+        with db.transaction(force_rollback=True):
+            db.execute("SELECT write_and_look('')")
+            db.execute("SELECT write_and_look('')")
+            db.execute("SET LOCAL ehub.mode = 'index'")
+            found = db.execute("SELECT key FROM ehub.nearest('s', '[10,0.0005]', 2)").fetchall()
+            assert {key[0] for (key,) in found} == {"n"}
 
 
 def test_what_a_cascade_takes(table, db):
