@@ -233,7 +233,9 @@ BEGIN
     END IF;
     PERFORM pg_stat_force_next_flush();
     RETURN set_config(
-        setting, (coalesce(nullif(current_setting(setting, true), ''), '0')::bigint + changed)::text, true
+        setting, (
+            coalesce(substring(current_setting(setting, true), '^[0-9]{1,18}$'), '0')::bigint + changed
+        )::text, true
     );
 END $$;
 

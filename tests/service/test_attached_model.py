@@ -11,6 +11,8 @@ from service.conftest import settled
 
 
 class ServiceMachine(AttachedMachine):
+    by_service = True
+
     def settle_index(self):
         self.close_old()
         settled(self.db, "s")
