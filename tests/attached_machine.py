@@ -88,8 +88,6 @@ class AttachedMachine(RuleBasedStateMachine):
     url: str
     # A role that is no superuser.
     reader: str
-    # Whether searches in SQL go by an index, which may be settled before.
-    by_service = False
 
     # --- what those that search this way or that way say
 
@@ -453,7 +451,6 @@ class AttachedMachine(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        settled=st.booleans(),
         before=st.booleans(),
         change=st.sampled_from(
             [
@@ -463,10 +460,8 @@ class AttachedMachine(RuleBasedStateMachine):
             ]
         ),
     )
-    def search_while_changing(self, data, settled, before, change):
+    def search_while_changing(self, data, before, change):
         """A search beside a change in one statement finds what an exact one finds there."""
-        if settled and self.by_service:
-            self.settle_index()
         a, b = data.draw(st.lists(self.keys(), min_size=2, max_size=2, unique=True))
         values = {"a": a, "b": b, "e": self.embedding(), "v": "[1,2]"}
         searches = self.names.of(

@@ -11,8 +11,6 @@ from service.conftest import settled
 
 
 class ServiceMachine(AttachedMachine):
-    by_service = True
-
     def settle_index(self):
         self.close_old()
         settled(self.db, "s")
@@ -35,7 +33,7 @@ def test_searches_of_attached_tables_agree_with_selects(service, url, reader):
     run_state_machine_as_test(
         ServiceMachine,
         settings=settings(
-            max_examples=8,
+            max_examples=6,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=list(HealthCheck),
