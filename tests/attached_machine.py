@@ -38,7 +38,6 @@ FILTERS = [
 ]
 # What a session may have set, and none of it matters.
 SETTINGS = [
-    "extra_float_digits = -15",
     "DateStyle = 'German'",
     "standard_conforming_strings = off; SET escape_string_warning = off",
     "array_nulls = off",
