@@ -59,7 +59,13 @@ def head() -> str:
 
 def _in_transaction(engine: sqlalchemy.Engine) -> bool:
     with engine.connect() as connection, connection.begin():
-        return _migrate(connection)
+        changed = _migrate(connection)
+        # A copied or restored database is noticed too, by whoever may.
+        connection.exec_driver_sql(
+            "SELECT CASE WHEN has_function_privilege('ehub.recognise()', 'EXECUTE')"
+            " THEN ehub.recognise()::text END"
+        )
+        return changed
 
 
 def _migrate(connection: sqlalchemy.Connection) -> bool:
@@ -67,14 +73,14 @@ def _migrate(connection: sqlalchemy.Connection) -> bool:
     digest = resources.sql_digest()
     # The files are written for this, whatever the role or the database sets.
     driver.execute("SET LOCAL standard_conforming_strings = on")
-    if _is_done(driver, digest):
+    if installed(driver) == (head(), digest):
         return False
     vector_schema = _require_pgvector(driver)
     # One at a time. By a lock that only the schema's owner can take: an advisory one is anybody's.
     if driver.execute("SELECT to_regnamespace('ehub')").fetchone() == (None,):
         driver.execute("CREATE SCHEMA ehub")
     driver.execute(sql.SQL("COMMENT ON SCHEMA ehub IS {}").format(sql.Literal(_COMMENT)))
-    if _is_done(driver, digest):
+    if installed(driver) == (head(), digest):
         return False
     owner = driver.execute(
         "SELECT nspowner::regrole::text FROM pg_namespace WHERE nspname = 'ehub'"
@@ -98,18 +104,6 @@ def _migrate(connection: sqlalchemy.Connection) -> bool:
         "INSERT INTO ehub.setting VALUES ('sql_digest', %s)"
         " ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value",
         [digest],
-    )
-    driver.execute("SELECT ehub.recognise()")
-    return True
-
-
-def _is_done(driver: Connection, digest: str) -> bool:
-    """Whether the schema is this release's; if so, whoever may notices a copied database."""
-    if installed(driver) != (head(), digest):
-        return False
-    driver.execute(
-        "SELECT CASE WHEN has_function_privilege('ehub.recognise()', 'EXECUTE')"
-        " THEN ehub.recognise()::text END"
     )
     return True
 

@@ -19,7 +19,7 @@ BEGIN
             $body$
             DECLARE
                 changed text[];
-                n bigint := 0;
+                n bigint;
                 context text;
             BEGIN
                 GET DIAGNOSTICS context = PG_CONTEXT;
@@ -71,20 +71,18 @@ BEGIN
                 IF FOUND THEN
                     PERFORM ehub.ring();
                 END IF;
-                IF TG_LEVEL = 'ROW' THEN
-                    n := 1;
-                ELSIF TG_OP = 'TRUNCATE' OR changed IS NULL THEN
-                    -- A table that statements under way use is not truncated; and an index that is told
-                    -- that everything may have changed helps no more in this transaction.
-                    context := '';
-                ELSIF split_part(context, chr(10), 2) = '' THEN
-                    n := 0;
-                ELSIF TG_OP = 'DELETE' THEN
-                    n := (SELECT count(*) FROM old_rows);
-                ELSE
-                    n := (SELECT count(*) FROM new_rows);
+                -- As ehub.log_change does; and an index that is told that everything may have changed helps
+                -- no more in this transaction.
+                IF ehub.is_run_by_a_function(context) AND TG_OP <> 'TRUNCATE' AND changed IS NOT NULL THEN
+                    IF TG_LEVEL = 'ROW' THEN
+                        n := 1;
+                    ELSIF TG_OP = 'DELETE' THEN
+                        n := (SELECT count(*) FROM old_rows);
+                    ELSE
+                        n := (SELECT count(*) FROM new_rows);
+                    END IF;
                 END IF;
-                context := ehub.note_logged(TG_RELID, context, n);
+                context := ehub.note_logged(TG_RELID, n);
                 RETURN NULL;
             END
             $body$,

@@ -329,9 +329,7 @@ BEGIN
     PERFORM ehub.create_follower(kept, source, version_id);
     EXECUTE ehub.averages_statement(kept, source, version_id, everything => true);
     PERFORM ehub.add_follower_triggers(source, version_id);
-    PERFORM ehub.add_refusal(version_id, 'ehub_average', format(
-        'ehub.refuse_direct_write(%L)', (SELECT s.name FROM ehub.space AS s WHERE s.id = kept.space_id)
-    ));
+    PERFORM ehub.add_refusal(version_id, 'ehub_average');
 END $$;
 
 CREATE OR REPLACE FUNCTION ehub.add_follower_triggers(source bigint, version_id bigint) RETURNS void

@@ -27,7 +27,8 @@ CREATE OR REPLACE FUNCTION ehub.log_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     version bigint := TG_ARGV[0];
-    changed bigint := 0;
+    -- The rows that this statement has changed; NULL where all that was counted is logged (ehub.note_logged).
+    changed bigint;
     context text;
 BEGIN
     GET DIAGNOSTICS context = PG_CONTEXT;
@@ -35,7 +36,6 @@ BEGIN
         INSERT INTO ehub.change (version_id, keys)
         SELECT version, array_agg(DISTINCT key)
         FROM unnest(ARRAY[OLD.key, NEW.key]) AS key WHERE key IS NOT NULL;
-        changed := 1;
     ELSIF TG_OP = 'INSERT' THEN
         INSERT INTO ehub.change (version_id, keys)
         SELECT version, array_agg(key)
@@ -57,20 +57,21 @@ BEGIN
         GROUP BY part;
     ELSE
         INSERT INTO ehub.change (version_id, keys) VALUES (version, NULL);
-        -- A table that statements under way use is not truncated.
-        context := '';
     END IF;
     IF FOUND THEN
         PERFORM ehub.ring();
     END IF;
-    IF split_part(context, chr(10), 2) <> '' AND TG_LEVEL = 'STATEMENT' THEN
-        IF TG_OP = 'DELETE' THEN
+    -- A table that statements under way use is not truncated.
+    IF ehub.is_run_by_a_function(context) AND TG_OP <> 'TRUNCATE' THEN
+        IF TG_LEVEL = 'ROW' THEN
+            changed := 1;
+        ELSIF TG_OP = 'DELETE' THEN
             changed := (SELECT count(*) FROM old_rows);
         ELSE
             changed := (SELECT count(*) FROM new_rows);
         END IF;
     END IF;
-    context := ehub.note_logged(TG_RELID, context, changed);
+    context := ehub.note_logged(TG_RELID, changed);
     RETURN NULL;
 END $$;
 

@@ -37,17 +37,22 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     EXECUTE (
         SELECT format('ALTER TABLE %s %s', relation, string_agg(format(
-            '%s%s TRIGGER %I', how, CASE WHEN how = 'ENABLE' THEN fires END, prefix || name
+            '%s %s TRIGGER %I', how,
+            CASE WHEN how = 'ENABLE' THEN CASE t.fires WHEN 'A' THEN 'ALWAYS' WHEN 'R' THEN 'REPLICA' END END,
+            prefix || t.name
         ), ', '))
-        FROM (
-            VALUES ('insert', ''), ('update', ''), ('delete', ''), ('truncate', ' ALWAYS'),
-                ('row', ' REPLICA')
-        ) AS t (name, fires)
+        FROM ehub.trigger_kinds() AS t
     );
 END $$;
 
--- The triggers that the data table of a version is to have, and when they fire, as Postgres writes it in
+-- What ehub.add_triggers makes: by what each name ends, and when it fires, as Postgres writes it in
 -- pg_trigger.tgenabled.
+CREATE OR REPLACE FUNCTION ehub.trigger_kinds() RETURNS TABLE (name text, fires "char")
+LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+    VALUES ('insert', 'O'::"char"), ('update', 'O'), ('delete', 'O'), ('truncate', 'A'), ('row', 'R')
+$$;
+
+-- The triggers that the data table of a version is to have, and when they fire.
 CREATE OR REPLACE FUNCTION ehub.triggers_due(version_id bigint)
 RETURNS TABLE (name text, fires "char")
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
@@ -66,9 +71,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
         FROM ehub.version AS v JOIN ehub.average AS a ON a.space_id = v.space_id WHERE v.id = $1
     )
     SELECT k.prefix || t.name, CASE WHEN k.switched_on THEN t.fires ELSE 'D' END::"char"
-    FROM kind AS k CROSS JOIN (
-        VALUES ('insert', 'O'), ('update', 'O'), ('delete', 'O'), ('truncate', 'A'), ('row', 'R')
-    ) AS t (name, fires)
+    FROM kind AS k CROSS JOIN ehub.trigger_kinds() AS t
     UNION ALL
     SELECT r.name || t.ending, t.fires::"char"
     FROM refusal AS r CROSS JOIN (VALUES ('', 'A'), ('_row', 'R')) AS t (ending, fires)
@@ -92,34 +95,28 @@ $$;
 CREATE OR REPLACE FUNCTION ehub.fit_triggers(version_id bigint) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    due text[] := ARRAY(SELECT d.name FROM ehub.triggers_due($1) AS d);
-    space text := (
-        SELECT s.name FROM ehub.space AS s JOIN ehub.version AS v ON v.space_id = s.id
-        WHERE v.id = $1
-    );
+    due text;
     follower record;
 BEGIN
     PERFORM ehub.create_log_triggers($1);
-    IF 'ehub_keep_row' = ANY (due) THEN
-        PERFORM ehub.keep_images($1);
-    END IF;
-    IF 'ehub_frozen' = ANY (due) THEN
-        PERFORM ehub.add_refusal($1, 'ehub_frozen', format(
-            'ehub.refuse_write(%L, %L)', space, (SELECT v.name FROM ehub.version AS v WHERE v.id = $1)
-        ));
-    END IF;
-    IF 'ehub_average' = ANY (due) THEN
-        PERFORM ehub.add_refusal(
-            $1, 'ehub_average', format('ehub.refuse_direct_write(%L)', space)
-        );
-    END IF;
-    FOR follower IN SELECT ehub.like_of($1, f.space_id) AS id FROM ehub.followers(space) AS f LOOP
+    FOR due IN SELECT d.name FROM ehub.triggers_due($1) AS d LOOP
+        IF due = 'ehub_keep_row' THEN
+            PERFORM ehub.keep_images($1);
+        ELSIF due IN ('ehub_frozen', 'ehub_average') THEN
+            PERFORM ehub.add_refusal($1, due);
+        END IF;
+    END LOOP;
+    FOR follower IN
+        SELECT ehub.like_of(v.id, a.space_id) AS id
+        FROM ehub.version AS v JOIN ehub.average AS a ON a.source_id = v.space_id WHERE v.id = $1
+    LOOP
         PERFORM ehub.add_follower_triggers($1, follower.id);
     END LOOP;
 END $$;
 
--- Have a function called before whatever changes a data table, which it may refuse.
-CREATE OR REPLACE FUNCTION ehub.add_refusal(version_id bigint, name text, call text) RETURNS void
+-- Have writes to a data table refused: 'ehub_frozen' all of them, 'ehub_average' those that are not its
+-- source's triggers'.
+CREATE OR REPLACE FUNCTION ehub.add_refusal(version_id bigint, name text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     EXECUTE format(
@@ -128,7 +125,13 @@ BEGIN
         'CREATE OR REPLACE TRIGGER %2$I BEFORE INSERT OR UPDATE OR DELETE'
         ' ON ehub_data.%3$I FOR EACH ROW EXECUTE FUNCTION %4$s;'
         'ALTER TABLE ehub_data.%3$I ENABLE ALWAYS TRIGGER %1$I, ENABLE REPLICA TRIGGER %2$I',
-        name, name || '_row', 'v' || version_id, call
+        name, name || '_row', 'v' || version_id, (
+            SELECT CASE $2
+                WHEN 'ehub_frozen' THEN format('ehub.refuse_write(%L, %L)', s.name, v.name)
+                WHEN 'ehub_average' THEN format('ehub.refuse_direct_write(%L)', s.name)
+            END
+            FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id WHERE v.id = $1
+        )
     );
 END $$;
 
@@ -215,20 +218,28 @@ BEGIN
         + pg_stat_get_xact_tuples_deleted(relation);
 END $$;
 
+-- Whether a trigger with this PG_CONTEXT is of a statement that a function runs, and no client has sent:
+-- then something stands behind the trigger's own line.
+CREATE OR REPLACE FUNCTION ehub.is_run_by_a_function(context text) RETURNS boolean
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN strpos(context, chr(10)) > 0;
+END $$;
+
 -- Remember, to the end of the transaction, how many changes of a relation are logged. By what logs them;
--- `context` is its PG_CONTEXT, and `changed` the number of rows that its statement has changed. Returns what
--- was remembered.
+-- `changed` is the number of rows that its statement has changed, NULL where all that was counted is logged.
+-- Returns what was remembered.
 --
--- At the end of a statement that a client has sent all that was counted is logged. A statement that a
--- function runs may be a part of another one, whose changes are counted already and not logged yet: just
--- its own are added. Then what was counted before this transaction is not known, unless it wrote to the
--- relation before; so that nothing is, next time, statistics are passed on at its end.
-CREATE OR REPLACE FUNCTION ehub.note_logged(relation oid, context text, changed bigint) RETURNS text
+-- All is logged at the end of a statement that a client has sent. A statement that a function runs may be
+-- a part of another one, whose changes are counted already and not logged yet: just its own are added.
+-- Then what was counted before this transaction is not known, unless it wrote to the relation before; so
+-- that nothing is, next time, statistics are passed on at its end.
+CREATE OR REPLACE FUNCTION ehub.note_logged(relation oid, changed bigint) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     setting text := 'ehub.logged_' || relation;
 BEGIN
-    IF split_part(context, chr(10), 2) = '' THEN
+    IF changed IS NULL THEN
         RETURN set_config(setting, ehub.counted_changes(relation)::text, true);
     END IF;
     PERFORM pg_stat_force_next_flush();

@@ -302,10 +302,7 @@ BEGIN
     PERFORM ehub.require_no_average(address);
     PERFORM ehub.require_own(target.space, 'it cannot be frozen');
     PERFORM ehub.stop_writers(target);
-    PERFORM ehub.add_refusal(
-        target.version_id, 'ehub_frozen',
-        format('ehub.refuse_write(%L, %L)', target.space, target.version)
-    );
+    PERFORM ehub.add_refusal(target.version_id, 'ehub_frozen');
     UPDATE ehub.version AS v SET frozen_at = clock_timestamp()
     WHERE v.id = target.version_id AND v.frozen_at IS NULL;
     PERFORM ehub.log_action(

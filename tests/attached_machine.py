@@ -14,6 +14,7 @@ import psycopg
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from psycopg import sql
+from settings_doors import SOME
 
 TEXTS = ["a", "B", "it's", 'q"', "ü%", "a.b", "\\", "{x}", "$1", " "]
 KEYS = {
@@ -35,17 +36,6 @@ FILTERS = [
     '{"not": {"%s": {"in": [0, 1]}}}',
     '{"or": [{"%s": 3}, {"note": "x"}]}',
     '{"note": "y", "%s": {"<": 3}}',
-]
-# What a session may have set, and none of it matters.
-SETTINGS = [
-    "DateStyle = 'German'",
-    "standard_conforming_strings = off; SET escape_string_warning = off",
-    "array_nulls = off",
-    "transform_null_equals = on",
-    "enable_seqscan = off",
-    "enable_indexscan = off",
-    "plan_cache_mode = force_generic_plan",
-    "plan_cache_mode = force_custom_plan",
 ]
 # What a table may refuse of a write: a key that is there, or whose partition is not; and two keys that are
 # the same to it.
@@ -559,7 +549,7 @@ class AttachedMachine(RuleBasedStateMachine):
             self.db.execute("SELECT ehub.create_index('s', 'few', %s)", [wanted])
             self.indexes = (wanted,)
 
-    @rule(setting=st.sampled_from(SETTINGS))
+    @rule(setting=st.sampled_from(SOME))
     def set_something(self, setting):
         """What a session sets changes nothing."""
         for connection in self.connections[1:]:

@@ -21,6 +21,17 @@ LEFT_OUT = (
     "|^seed$|^max_parallel|^min_parallel|^cursor_tuple|^geqo|^random_page|^seq_page|^cpu_|^parallel_"
     "|_collapse_limit|^effective_cache|^recursive_worktable|^log|^plan_cache_mode$"
 )
+# Some of them, for models to choose from.
+SOME = [
+    "DateStyle = 'German'",
+    "standard_conforming_strings = off; SET escape_string_warning = off",
+    "array_nulls = off",
+    "transform_null_equals = on",
+    "enable_seqscan = off",
+    "enable_indexscan = off",
+    "plan_cache_mode = force_generic_plan",
+    "plan_cache_mode = force_custom_plan",
+]
 # Texts have no list of values.
 TEXTS = {
     "DateStyle": ["SQL, DMY", "German", "Postgres, YMD"],

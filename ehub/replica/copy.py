@@ -636,10 +636,9 @@ class Copy:
             if self.owner:
                 self.id = store.identity()
             manifest = store.manifest()
-            index = equal_under = None
-            if manifest is not None:
-                build = dict(manifest.build)
-                equal_under = build.pop(_EQUAL_UNDER, None)
+            index = None
+            build = {} if manifest is None else dict(manifest.build)
+            equal_under = build.pop(_EQUAL_UNDER, None)
             if manifest is not None and build == entry.build_parameters():
                 with self._shared.long_work():
                     index = store.load(manifest)

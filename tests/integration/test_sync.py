@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from oracle import check_neighbors, table
+from settings_doors import SOME
 
 import ehub
 from ehub.index import tail
@@ -28,18 +29,8 @@ UPSERT = (
     "INSERT INTO spaces.s (key, embedding) VALUES (%s, %s)"
     " ON CONFLICT (key) DO UPDATE SET embedding = EXCLUDED.embedding"
 )
-# What a session may have set, and none of it matters.
-SETTINGS = [
-    "extra_float_digits = -15",
-    "DateStyle = 'German'",
-    "standard_conforming_strings = off; SET escape_string_warning = off",
-    "array_nulls = off",
-    "transform_null_equals = on",
-    "search_path = pg_temp",
-    "synchronous_commit = off",
-    "plan_cache_mode = force_generic_plan",
-    "plan_cache_mode = force_custom_plan",
-]
+# What matters to writers no more than that; it would round what a reader is told.
+SETTINGS = [*SOME, "extra_float_digits = -15", "search_path = pg_temp", "synchronous_commit = off"]
 BLOCKED = (
     psycopg.errors.LockNotAvailable,
     psycopg.errors.DeadlockDetected,
