@@ -79,7 +79,7 @@ class AuditEntry(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """Something that is not as it was granted, and what mending does; None: that is for you."""
+    """Something that is not as it should be, and what mending does; None: that is for you."""
 
     subject: str
     problem: str

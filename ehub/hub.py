@@ -339,7 +339,10 @@ class Hub:
         return access.audit(self._database, None, values.as_whole("limit", limit))
 
     def doctor(self, *, mend: bool = False) -> list[Finding]:
-        """Find what is not as it was granted: rights given by hand, changed policies, lost roles.
+        """Find what is not as it should be.
+
+        Rights given by hand, changed policies, lost roles; triggers of spaces that are missing or
+        switched off; the mark of a current version.
 
         With ``mend`` what can be put right is; the rest has no ``remedy``.
 

@@ -226,7 +226,7 @@ def doctor(
             [[one.subject, one.problem, one.remedy or "nothing: decide yourself"] for one in found],
         )
     else:
-        out.print("everything is as it was granted")
+        out.print("everything is as it should be")
     if any(one.remedy is None or not mend for one in found):
         raise typer.Exit(1)
 

@@ -1,5 +1,6 @@
 -- What is not as it was recorded: rights that somebody has given or taken by hand, row policies that
--- were changed, roles that are gone, functions that others could misuse. For the owner of schema ehub.
+-- were changed, roles that are gone, functions that others could misuse; triggers of data tables, and marks
+-- of current versions. For the owner of schema ehub.
 
 -- Each difference: what it is about, what is wrong, and what ehub.mend does about it; NULL where that
 -- is for a person to decide.
