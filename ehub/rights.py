@@ -212,7 +212,7 @@ def doctor(
     as_json: Json = False,
     url: Url = None,
 ) -> None:
-    """Find rights, policies and functions that are not as they were granted.
+    """Find rights, policies, functions and triggers that are not as they should be.
 
     Exits with 1 if something is left to do.
     """
