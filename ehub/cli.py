@@ -84,11 +84,17 @@ def _configure(
 @app.command()
 def migrate(
     url: Annotated[str | None, typer.Argument(metavar="[URL]", show_default=False)] = None,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for those who use what has to change.", min=0)
+    ] = 60,
 ) -> None:
-    """Create or upgrade the ehub schema in a database."""
+    """Create or upgrade the ehub schema in a database.
+
+    It tries again and again where transactions use what it has to change, and keeps nobody waiting.
+    """
     database = Database(config.resolve(url))
     try:
-        done = migrate_database(database)
+        done = migrate_database(database, timeout)
     finally:
         database.close()
     what = "has the ehub schema of this release now" if done else "is up to date"

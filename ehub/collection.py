@@ -266,6 +266,8 @@ class Collection(Searchable):
             IndexNotFoundError: there is none of that name.
         """
         self._call("drop_index", values.as_name("an index", name))
+        if self._replica is not None:
+            self._replica.refresh()
 
     def indexes(self) -> list[SubIndex]:
         """Return the sub-indexes, by name."""

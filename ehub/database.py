@@ -29,7 +29,7 @@ from ehub.types import Matrix
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
-SCHEMA_REVISION = "0007"
+SCHEMA_REVISION = "0008"
 """The Alembic revision that this release works with."""
 
 # Raised by the functions in sql/, which describe the value themselves.

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import time
 
 import psycopg
 
 from ehub.database import Connection, Database
 
 CHANNEL = "ehub"
-# The class and object of the advisory lock that says "somebody sleeps" (sql/change.sql).
+# The class and object of the advisory lock that says "somebody sleeps" (ehub.ring).
 _SLEEPER = (0x65687562, 1)
+# Who was rung stays awake for longer than the bell rests then.
+_AWAKE_SECONDS = 0.3
 
 
 class Listener:
@@ -27,6 +30,7 @@ class Listener:
         self._database = database
         self._connection: Connection | None = None
         self._asleep = False
+        self._rung_at = float("-inf")
         self._receiver, self._sender = socket.socketpair()
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
@@ -50,16 +54,16 @@ class Listener:
 
     @property
     def asleep(self) -> bool:
-        """Whether every change rings."""
+        """Whether the next change rings."""
         return self._asleep
 
     def fall_asleep(self, worker: Connection) -> bool:
-        """Ask to be rung for every change from now on; read the log once more before waiting.
+        """Ask to be rung for the next change; read the log once more before waiting.
 
-        False if a writer is in the middle of something, or another replica sleeps in this one's
-        stead: then wait a little while only.
+        False if the bell rang a moment ago, a writer is in the middle of something, or another
+        replica sleeps in this one's stead: then wait a little while only.
         """
-        if not self._asleep:
+        if not self._asleep and time.monotonic() - self._rung_at > _AWAKE_SECONDS:
             row = worker.execute("SELECT pg_try_advisory_lock(%s, %s)", _SLEEPER).fetchone()
             self._asleep = row == (True,)
         return self._asleep
@@ -72,6 +76,8 @@ class Listener:
 
     def wait(self, worker: Connection | None, seconds: float) -> bool:
         """Wait for the bell or :meth:`interrupt`; True if one of them came in time.
+
+        Who was rung is awake: a NOTIFY with each commit would cost most of the write rate.
 
         Raises:
             psycopg.OperationalError: a connection was lost.
@@ -88,7 +94,9 @@ class Listener:
             raise psycopg.OperationalError("the connection was lost while it was idle")
         if self._connection is not None and self._connection in ready:
             for _ in self._connection.notifies(timeout=0):
-                pass
+                self._rung_at = time.monotonic()
+            if worker is not None:
+                self.wake_up(worker)
         return bool(ready)
 
     def interrupt(self) -> None:

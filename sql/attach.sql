@@ -18,75 +18,74 @@ BEGIN
         'log_v' || version_id, format(
             $body$
             DECLARE
-                changed text[];
-                n bigint;
+                keys text[];
+                before text[];
+                changed bigint;
                 context text;
             BEGIN
-                GET DIAGNOSTICS context = PG_CONTEXT;
                 BEGIN
-                    IF TG_LEVEL = 'ROW' THEN
+                    IF TG_OP = 'INSERT' AND TG_LEVEL = 'STATEMENT' THEN
+                        keys := ARRAY(
+                            SELECT concat(n.%2$I) FROM new_rows AS n WHERE n.%3$I IS NOT NULL LIMIT 10001
+                        );
+                    ELSIF TG_LEVEL = 'ROW' THEN
                         IF TG_OP <> 'INSERT' THEN
-                            changed := ARRAY[concat(OLD.%2$I)];
+                            keys := ARRAY[concat(OLD.%2$I)];
                         END IF;
-                        IF TG_OP <> 'DELETE' THEN
-                            changed := changed || concat(NEW.%2$I);
+                        IF TG_OP <> 'DELETE' AND concat(NEW.%2$I) IS DISTINCT FROM keys[1] THEN
+                            keys := keys || concat(NEW.%2$I);
                         END IF;
-                    ELSIF TG_OP = 'INSERT' THEN
-                        PERFORM n.%2$I, n.%3$I FROM new_rows AS n LIMIT 0;
-                        changed := '{}';
                     ELSIF TG_OP = 'DELETE' THEN
-                        PERFORM o.%2$I, o.%3$I FROM old_rows AS o LIMIT 0;
-                        changed := '{}';
+                        keys := ARRAY(
+                            SELECT concat(o.%2$I) FROM old_rows AS o WHERE o.%3$I IS NOT NULL LIMIT 10001
+                        );
                     ELSIF TG_OP = 'UPDATE' THEN
-                        PERFORM n.%2$I, n.%3$I FROM new_rows AS n LIMIT 0;
-                        changed := '{}';
+                        PERFORM n.%3$I FROM new_rows AS n LIMIT 0;
+                        keys := ARRAY(SELECT concat(n.%2$I) FROM new_rows AS n LIMIT 10001);
+                        before := ARRAY(SELECT concat(o.%2$I) FROM old_rows AS o LIMIT 10001);
+                        IF keys <> before THEN
+                            keys := ARRAY(SELECT unnest(keys) UNION SELECT unnest(before));
+                        END IF;
                     END IF;
                 EXCEPTION WHEN OTHERS THEN
-                    changed := NULL;
+                    keys := NULL;
                 END;
-                IF changed IS NULL OR changed <> '{}' THEN
-                    INSERT INTO ehub.change (version_id, keys) VALUES (%4$s, changed);
-                ELSIF TG_OP = 'INSERT' THEN
-                    INSERT INTO ehub.change (version_id, keys)
-                    SELECT %4$s, array_agg(key) FROM (
-                        SELECT concat(n.%2$I) AS key, row_number() OVER () / 10000 AS part
-                        FROM new_rows AS n WHERE n.%3$I IS NOT NULL
-                    ) AS rows GROUP BY part;
-                ELSIF TG_OP = 'DELETE' THEN
-                    INSERT INTO ehub.change (version_id, keys)
-                    SELECT %4$s, array_agg(key) FROM (
-                        SELECT concat(o.%2$I) AS key, row_number() OVER () / 10000 AS part
-                        FROM old_rows AS o WHERE o.%3$I IS NOT NULL
-                    ) AS rows GROUP BY part;
-                ELSE
-                    INSERT INTO ehub.change (version_id, keys)
-                    SELECT %4$s, array_agg(key) FROM (
-                        -- As bytes: their own type may take two keys for one.
-                        SELECT key, row_number() OVER () / 10000 AS part FROM (
-                            SELECT concat(n.%2$I) COLLATE "C" AS key FROM new_rows AS n
-                            UNION SELECT concat(o.%2$I) COLLATE "C" FROM old_rows AS o
-                        ) AS changed
-                    ) AS rows GROUP BY part;
+                -- As ehub.log_change does.
+                IF cardinality(keys) BETWEEN 1 AND 10000 OR keys IS NULL THEN
+                    INSERT INTO ehub.change (version_id, keys) VALUES (%4$s, keys);
+                ELSIF keys <> '{}' THEN
+                    EXECUTE ehub.log_in_parts(
+                        %4$s, TG_OP, %5$L, CASE TG_OP WHEN 'UPDATE' THEN 'true' ELSE %6$L END
+                    );
                 END IF;
-                IF FOUND THEN
+                IF NOT pg_try_advisory_xact_lock_shared(1701344610, 1) THEN
                     PERFORM ehub.ring();
                 END IF;
-                -- As ehub.log_change does; and an index that is told that everything may have changed helps
-                -- no more in this transaction.
-                IF ehub.is_run_by_a_function(context) AND TG_OP <> 'TRUNCATE' AND changed IS NOT NULL THEN
-                    IF TG_LEVEL = 'ROW' THEN
-                        n := 1;
-                    ELSIF TG_OP = 'DELETE' THEN
-                        n := (SELECT count(*) FROM old_rows);
+                IF now() <> statement_timestamp() THEN
+                    -- Something may follow in this transaction.
+                    GET DIAGNOSTICS context = PG_CONTEXT;
+                    IF strpos(context, E'\n') = 0 OR keys IS NULL THEN
+                        -- Of an index that is told that everything may have changed no more is needed.
+                        context := set_config('ehub.logged_' || TG_RELID, (
+                            pg_stat_get_xact_tuples_inserted(TG_RELID) + pg_stat_get_xact_tuples_updated(TG_RELID)
+                            + pg_stat_get_xact_tuples_deleted(TG_RELID)
+                        )::text, true);
                     ELSE
-                        n := (SELECT count(*) FROM new_rows);
+                        IF TG_LEVEL = 'ROW' THEN
+                            changed := 1;
+                        ELSIF TG_OP = 'DELETE' THEN
+                            changed := (SELECT count(*) FROM old_rows);
+                        ELSE
+                            changed := (SELECT count(*) FROM new_rows);
+                        END IF;
+                        context := ehub.note_logged(TG_RELID, changed);
                     END IF;
                 END IF;
-                context := ehub.note_logged(TG_RELID, n);
                 RETURN NULL;
             END
             $body$,
-            'log_v' || version_id, key, embedding, version_id
+            'log_v' || version_id, key, embedding, version_id,
+            format('concat(r.%I)', key), format('r.%I IS NOT NULL', embedding)
         )
     );
 END $$;

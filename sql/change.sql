@@ -1,78 +1,111 @@
 -- The change log: which keys each transaction changed, and the bell that wakes replicas.
 
--- Wake sleeping replicas, and only them.
+-- Wake sleeping replicas, and only them, a few times a second at most.
 --
 -- A replica that goes to sleep holds advisory lock (ehub, 1) exclusively. A writer who gets that
 -- lock shared knows that nobody sleeps and keeps it until its end, so that nobody can fall asleep
--- before its change can be seen. Replicas that are awake read the log anyway, and a NOTIFY on
--- every commit would cost most of the write rate: a notifying commit holds a lock of the whole
--- cluster through its flush. Nothing depends on the bell but promptness: `ALTER DATABASE … SET
--- ehub.doorbell = off` silences it (two-phase commit refuses transactions that have notified).
+-- before its change can be seen. Who is awake reads the log anyway.
+--
+-- A commit that notifies holds a lock of the whole cluster through its flush, so it must not be every
+-- one: whoever is rung wakes up, and somebody who holds the lock and does not hear is rung in vain.
+-- ehub.bell is when the bell was rung last; a sequence, because all see at once what it is set to. Who
+-- was rung stays awake for longer than the bell rests. A transaction rings once, or while it lasts it
+-- would keep all others from ringing.
+--
+-- Nothing depends on the bell but promptness: `ALTER DATABASE … SET ehub.doorbell = off` silences it
+-- (two-phase commit refuses transactions that have notified).
 CREATE OR REPLACE FUNCTION ehub.ring() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    now bigint := 1000 * extract(epoch FROM clock_timestamp());
 BEGIN
-    IF current_setting('ehub.doorbell', true) IS DISTINCT FROM 'off'
-        AND NOT pg_try_advisory_xact_lock_shared(1701344610, 1)
+    IF pg_try_advisory_xact_lock_shared(1701344610, 1)
+        OR current_setting('ehub.doorbell', true) = 'off'
+        OR current_setting('ehub.rung', true) = 'yes'
+        -- Also where the clock was put back.
+        OR (SELECT now - b.last_value FROM ehub.bell AS b) BETWEEN 0 AND 200
     THEN
-        PERFORM pg_notify('ehub', '');
+        RETURN;
     END IF;
+    PERFORM set_config('ehub.rung', 'yes', true), setval('ehub.bell', now), pg_notify('ehub', '');
 END $$;
 
 -- The log triggers of every data table (ehub.add_triggers). Argument: the version's id. A definer's
 -- function, because writers have rights on their table and none on the log; it reads nothing but the
 -- rows that were changed, and only the owner can attach it to a table.
 --
--- Keys are logged in parts, for the sake of those who read them.
+-- It is in the way of every statement that writes, so what each of them needs stands here and not in
+-- functions, and what few need comes last. Keys are logged in parts, for the sake of those who read them.
 CREATE OR REPLACE FUNCTION ehub.log_change() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    version bigint := TG_ARGV[0];
-    -- The rows that this statement has changed; NULL where all that was counted is logged (ehub.note_logged).
+    keys text[];
+    before text[];
     changed bigint;
     context text;
 BEGIN
-    GET DIAGNOSTICS context = PG_CONTEXT;
-    IF TG_LEVEL = 'ROW' THEN
-        INSERT INTO ehub.change (version_id, keys)
-        SELECT version, array_agg(DISTINCT key)
-        FROM unnest(ARRAY[OLD.key, NEW.key]) AS key WHERE key IS NOT NULL;
-    ELSIF TG_OP = 'INSERT' THEN
-        INSERT INTO ehub.change (version_id, keys)
-        SELECT version, array_agg(key)
-        FROM (SELECT key, row_number() OVER () / 10000 AS part FROM new_rows) AS rows
-        GROUP BY part;
+    IF TG_OP = 'INSERT' AND TG_LEVEL = 'STATEMENT' THEN
+        keys := ARRAY(SELECT key FROM new_rows LIMIT 10001);
+    ELSIF TG_LEVEL = 'ROW' THEN
+        keys := array_remove(ARRAY[NEW.key, nullif(OLD.key, NEW.key)], NULL);
     ELSIF TG_OP = 'DELETE' THEN
-        INSERT INTO ehub.change (version_id, keys)
-        SELECT version, array_agg(key)
-        FROM (SELECT key, row_number() OVER () / 10000 AS part FROM old_rows) AS rows
-        GROUP BY part;
+        keys := ARRAY(SELECT key FROM old_rows LIMIT 10001);
     ELSIF TG_OP = 'UPDATE' THEN
-        -- Both: an update may change the key itself.
-        INSERT INTO ehub.change (version_id, keys)
-        SELECT version, array_agg(key)
-        FROM (
-            SELECT key, row_number() OVER () / 10000 AS part
-            FROM (SELECT key FROM new_rows UNION SELECT key FROM old_rows) AS changed
-        ) AS rows
-        GROUP BY part;
-    ELSE
-        INSERT INTO ehub.change (version_id, keys) VALUES (version, NULL);
-    END IF;
-    IF FOUND THEN
-        PERFORM ehub.ring();
-    END IF;
-    -- A table that statements under way use is not truncated.
-    IF ehub.is_run_by_a_function(context) AND TG_OP <> 'TRUNCATE' THEN
-        IF TG_LEVEL = 'ROW' THEN
-            changed := 1;
-        ELSIF TG_OP = 'DELETE' THEN
-            changed := (SELECT count(*) FROM old_rows);
-        ELSE
-            changed := (SELECT count(*) FROM new_rows);
+        keys := ARRAY(SELECT key FROM new_rows LIMIT 10001);
+        before := ARRAY(SELECT key FROM old_rows LIMIT 10001);
+        IF keys <> before THEN
+            -- An update may change the key itself.
+            keys := ARRAY(SELECT unnest(keys) UNION SELECT unnest(before));
         END IF;
     END IF;
-    context := ehub.note_logged(TG_RELID, changed);
+    IF cardinality(keys) BETWEEN 1 AND 10000 OR keys IS NULL THEN
+        INSERT INTO ehub.change (version_id, keys) VALUES (TG_ARGV[0]::bigint, keys);
+    ELSIF keys <> '{}' THEN
+        EXECUTE ehub.log_in_parts(TG_ARGV[0]::bigint, TG_OP, 'key', 'true');
+    END IF;
+    IF NOT pg_try_advisory_xact_lock_shared(1701344610, 1) THEN
+        PERFORM ehub.ring();
+    END IF;
+    IF now() <> statement_timestamp() THEN
+        -- Something may follow in this transaction.
+        GET DIAGNOSTICS context = PG_CONTEXT;
+        IF strpos(context, E'\n') = 0 OR TG_OP = 'TRUNCATE' THEN
+            context := set_config('ehub.logged_' || TG_RELID, (
+                pg_stat_get_xact_tuples_inserted(TG_RELID) + pg_stat_get_xact_tuples_updated(TG_RELID)
+                + pg_stat_get_xact_tuples_deleted(TG_RELID)
+            )::text, true);
+        ELSE
+            IF TG_LEVEL = 'ROW' THEN
+                changed := 1;
+            ELSIF TG_OP = 'DELETE' THEN
+                changed := (SELECT count(*) FROM old_rows);
+            ELSE
+                changed := (SELECT count(*) FROM new_rows);
+            END IF;
+            context := ehub.note_logged(TG_RELID, changed);
+        END IF;
+    END IF;
     RETURN NULL;
+END $$;
+
+-- For a log trigger: what logs the keys of a statement that has changed so many rows that one array would
+-- be too large. `key` is the expression for one, `condition` which rows count.
+CREATE OR REPLACE FUNCTION ehub.log_in_parts(version bigint, operation text, key text, condition text)
+RETURNS text
+LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    new_keys text := format('SELECT (%s) COLLATE "C" AS key FROM new_rows AS r WHERE %s', key, condition);
+    old_keys text := format('SELECT (%s) COLLATE "C" AS key FROM old_rows AS r WHERE %s', key, condition);
+BEGIN
+    RETURN format(
+        'INSERT INTO ehub.change (version_id, keys) SELECT %s, array_agg(key) FROM ('
+        ' SELECT key, row_number() OVER () / 10000 AS part FROM (%s) AS rows'
+        ') AS rows GROUP BY part', version, CASE operation
+            WHEN 'INSERT' THEN new_keys
+            WHEN 'DELETE' THEN old_keys
+            ELSE new_keys || ' UNION ' || old_keys
+        END
+    );
 END $$;
 
 -- The log of a version that a snapshot does not see: a row for each part, NULL where the whole

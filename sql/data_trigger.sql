@@ -144,15 +144,18 @@ LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
 $$;
 
 -- Put the triggers right that somebody has dropped, switched off or switched on again in another way, as
--- pg_restore does. Of a space that somebody is managing, or a table that somebody uses, another time.
-CREATE OR REPLACE FUNCTION ehub.tend_triggers(patience interval DEFAULT '0') RETURNS void
+-- pg_restore does. Of a space that somebody is managing, or a table that somebody uses, another time. Of one
+-- version where it is named: each keeps writers from its table until the end of the transaction.
+CREATE OR REPLACE FUNCTION ehub.tend_triggers(
+    patience interval DEFAULT '0', only_version bigint DEFAULT NULL
+) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     version_id bigint;
 BEGIN
     FOR version_id IN
         SELECT v.id FROM ehub.version AS v
-        WHERE to_regclass('ehub_data.v' || v.id) IS NOT NULL
+        WHERE v.id = coalesce(only_version, v.id) AND to_regclass('ehub_data.v' || v.id) IS NOT NULL
             AND ehub.wrong_triggers(v.id) IS NOT NULL
     LOOP
         PERFORM FROM ehub.space AS s JOIN ehub.version AS v ON v.space_id = s.id
@@ -218,30 +221,19 @@ BEGIN
         + pg_stat_get_xact_tuples_deleted(relation);
 END $$;
 
--- Whether a trigger with this PG_CONTEXT is of a statement that a function runs, and no client has sent:
--- then something stands behind the trigger's own line.
-CREATE OR REPLACE FUNCTION ehub.is_run_by_a_function(context text) RETURNS boolean
-LANGUAGE plpgsql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    RETURN strpos(context, chr(10)) > 0;
-END $$;
-
--- Remember, to the end of the transaction, how many changes of a relation are logged. By what logs them;
--- `changed` is the number of rows that its statement has changed, NULL where all that was counted is logged.
--- Returns what was remembered.
+-- Remember, to the end of the transaction, how many changes of a relation are logged, by what logs them, for
+-- a statement that has changed so many rows and that a function runs. Returns what was remembered.
 --
--- All is logged at the end of a statement that a client has sent. A statement that a function runs may be
--- a part of another one, whose changes are counted already and not logged yet: just its own are added.
--- Then what was counted before this transaction is not known, unless it wrote to the relation before; so
--- that nothing is, next time, statistics are passed on at its end.
+-- All that was counted is logged at the end of a statement that a client has sent, and the log trigger
+-- remembers that by itself. A statement that a function runs (PG_CONTEXT has more lines than the trigger's
+-- own) may be a part of another one, whose changes are counted already and not logged yet: just its own are
+-- added. Then what was counted before this transaction is not known, unless it wrote to the relation before;
+-- so that nothing is, next time, statistics are passed on at its end.
 CREATE OR REPLACE FUNCTION ehub.note_logged(relation oid, changed bigint) RETURNS text
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     setting text := 'ehub.logged_' || relation;
 BEGIN
-    IF changed IS NULL THEN
-        RETURN set_config(setting, ehub.counted_changes(relation)::text, true);
-    END IF;
     PERFORM pg_stat_force_next_flush();
     RETURN set_config(
         setting, (
@@ -257,7 +249,8 @@ END $$;
 -- Known by what was counted of the table when the log was written last (ehub.note_logged). What is counted
 -- now may be of earlier transactions, unless the table is locked for writing. And in a trigger what was
 -- counted when the log was written last may be of a statement that is still under way, so there, after the
--- table was written to, the answer is yes: an exact search is the worst that can come of it.
+-- table was written to, the answer is yes; likewise in what a function does after it wrote in the first
+-- statement of a transaction, where nothing is remembered. An exact search is the worst that can come of it.
 CREATE OR REPLACE FUNCTION ehub.has_unlogged_changes(version_id bigint) RETURNS boolean
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

@@ -514,28 +514,83 @@ BEGIN
     END LOOP;
 END $$;
 
--- Run a statement that needs a relation for itself. It waits for those who use it, in turns that
--- keep others from it for 0.1 s at most; `patience` is for how long in all.
+-- Run a statement that needs a relation for itself. It waits for those who use it, in turns that keep
+-- others from it for 0.1 s at most; `patience` is for how long in all. It tells now and then whom it waits
+-- for.
+--
+-- Autovacuum leaves a table only to whoever waits for it longer than deadlock_timeout. So each turn takes
+-- first, and with more time, what keeps out autovacuum and its like, and no reader or writer.
 CREATE OR REPLACE FUNCTION ehub.in_turns(
     relation text, statement text, patience interval DEFAULT '10 seconds'
 ) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp SET lock_timeout = '100ms' AS $$
 DECLARE
-    deadline timestamptz := clock_timestamp() + patience;
+    started timestamptz := clock_timestamp();
+    tell_at timestamptz := started + interval '1 s';
+    maintenance interval := least(patience, current_setting('deadlock_timeout')::interval + interval '0.5 s');
+    is_table boolean := (
+        SELECT c.relkind IN ('r', 'p') FROM pg_class AS c WHERE c.oid = to_regclass(relation)
+    );
 BEGIN
     LOOP
         BEGIN
+            IF is_table AND patience > '0' THEN
+                PERFORM set_config(
+                    'lock_timeout', round(1000 * extract(epoch FROM maintenance)) || 'ms', true
+                );
+                EXECUTE format('LOCK TABLE %s IN SHARE UPDATE EXCLUSIVE MODE', relation);
+                PERFORM set_config('lock_timeout', '100ms', true);
+            END IF;
             EXECUTE statement;
             RETURN;
         EXCEPTION WHEN lock_not_available THEN
-            IF clock_timestamp() > deadline THEN
+            IF clock_timestamp() > started + patience THEN
                 RAISE EXCEPTION 'transactions have been using % all the time', relation
-                    USING ERRCODE = 'EH018', HINT = 'nothing was changed';
+                    USING ERRCODE = 'EH018', HINT = concat_ws(
+                        '; ', 'nothing was changed', 'in use by ' || ehub.users_of(relation)
+                    );
+            ELSIF clock_timestamp() > tell_at THEN
+                RAISE NOTICE 'waiting for %, for % of % seconds: in use by %', relation,
+                    round(extract(epoch FROM clock_timestamp() - started)),
+                    round(extract(epoch FROM patience)),
+                    coalesce(ehub.users_of(relation), 'others, now and then');
+                tell_at := clock_timestamp() + interval '5 s';
             END IF;
             PERFORM pg_sleep(0.05);
         END;
     END LOOP;
 END $$;
+
+-- Who holds locks on a relation, or a part of it, but for this session; NULL if nobody does.
+CREATE OR REPLACE FUNCTION ehub.users_of(relation text) RETURNS text
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
+    WITH holder AS (
+        SELECT l.pid, l.virtualtransaction AS transaction, string_agg(DISTINCT l.mode, ', ') AS modes
+        FROM pg_locks AS l
+        WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
+            AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
+            AND l.relation = ANY (ehub.tree_of(to_regclass(relation)))
+        GROUP BY l.pid, l.virtualtransaction
+    )
+    SELECT string_agg(concat(
+        CASE
+            WHEN h.pid IS NULL THEN format('prepared transaction %L', (
+                SELECT p.gid FROM pg_prepared_xacts AS p
+                WHERE p.transaction::text = split_part(h.transaction, '/', 2)
+            ))
+            WHEN a.usesysid IS NULL THEN format('%s %s', coalesce(a.backend_type, 'autovacuum'), h.pid)
+            ELSE format('process %s of role %I', h.pid, a.usename)
+        END,
+        ' (' || concat_ws(
+            ', ', nullif(a.application_name, ''),
+            a.state || coalesce(
+                format(' for %s s', round(extract(epoch FROM clock_timestamp() - a.state_change))), ''
+            ),
+            h.modes
+        ) || ')'
+    ), '; ' ORDER BY h.pid)
+    FROM holder AS h LEFT JOIN pg_stat_activity AS a ON a.pid = h.pid
+$$;
 
 -- Whether a role has now what a grant gave it. A snapshot may see a grant that was revoked since, and
 -- privileges are never looked up in one.

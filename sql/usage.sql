@@ -29,7 +29,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'require_partition_field', 'require_query', 'require_read_committed',
         'require_scalar', 'require_shape', 'require_space', 'require_usable', 'rows_at',
         'rows_of', 'set', 'shared', 'space_of', 'stage', 'still_is', 'stop_writers', 'switch_triggers',
-        'tree_of', 'trigger_kinds', 'unlogged', 'uuid_keys', 'whole_setting', 'within', 'write_staged',
+        'tree_of', 'trigger_kinds', 'unlogged', 'users_of', 'uuid_keys', 'whole_setting', 'within', 'write_staged',
         -- With the owner's rights, for callers who see all rows of a version; of who calls.
         'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_current', 'hold_log',
         'images', 'lag',
@@ -99,8 +99,6 @@ BEGIN
     END LOOP;
 END $$;
 
--- Triggers that are older than these functions.
-SELECT ehub.tend_triggers('10 seconds');
 SELECT ehub.apply_usage();
 -- A function that was made anew has lost who may call it.
 SELECT ehub.apply_create();

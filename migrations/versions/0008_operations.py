@@ -1,0 +1,16 @@
+"""What operators need: a bell that rings a few times a second at most."""
+
+from alembic import op
+
+revision = "0008"
+down_revision = "0007"
+
+
+def upgrade() -> None:
+    op.execute("CREATE SEQUENCE ehub.bell MINVALUE 0 START WITH 0")
+    for function in ("is_run_by_a_function(text)", "tend_triggers(interval)"):
+        op.execute(f"DROP FUNCTION IF EXISTS ehub.{function}")
+
+
+def downgrade() -> None:
+    op.execute("DROP SEQUENCE ehub.bell")
