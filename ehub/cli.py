@@ -54,6 +54,7 @@ _PORT, _PAGES_PORT = 6433, 9433
 _JSON_FIELDS = {"asctime": "time", "levelname": "level", "name": "logger"}
 
 _log = logging.getLogger("ehub")
+_RETRY_SECONDS = 2.0
 
 
 def _print_version(wanted: bool) -> None:
@@ -337,18 +338,41 @@ def serve(
     door = config.Address.parse(listen, _PORT)
     page = None if pages == "none" else config.Address.parse(pages, _PAGES_PORT)
     _use_huge_pages()
-    supervise()
+    again = supervise()
     watchdog = Watchdog()
     stopped = _wait_for_signals(signal.SIGTERM, signal.SIGINT)
-    with contextlib.closing(open_database(url, data)) as database:
-        with contextlib.closing(Service(database, door, page, tls, watchdog, token)) as service:
+
+    def begin() -> tuple[Database, Service]:
+        database = open_database(url, data)
+        try:
+            return database, Service(database, door, page, tls, watchdog, token)
+        except BaseException:
+            database.close()
+            raise
+
+    while True:
+        try:
+            opened, served = begin()
+            break
+        except ehub.UnavailableError as error:
+            # It was there before: it will come back.
+            if not again:
+                raise
+            _log.warning("waiting for Postgres: %s", error)
+            if stopped(_RETRY_SECONDS):
+                return
+    with contextlib.closing(opened) as database:
+        with contextlib.closing(served) as service:
             where = database.target.describe()
             _log.info("listening on %s for %s", service.address, where)
             if not service.installed:
                 _log.warning("the database does not know this service: run `ehub install-service`")
+            notified = False
             while not stopped(0.1):
-                if service.ready():
+                if not notified and service.ready():
                     _notify_ready()
+                    notified = True
+                if service.complete():
                     out.print(f"ready: {service.address}, pages at {service.pages or 'no port'}")
                     stopped(None)
             _log.info("stopping: saving the indexes")

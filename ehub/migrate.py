@@ -1,9 +1,9 @@
 """Bring a database to the schema of this release.
 
-Tables change by Alembic's revisions; functions and views are replaced from ``sql/`` where they differ
-from what the last migration left. All of it is one transaction, which is short and does not wait: where
-somebody uses a table or a view that it has to change, it is undone and tried again, so that searches and
-writers are never kept waiting behind it for long.
+Tables change by Alembic's revisions; functions and views are replaced from ``sql/`` where they
+differ from what the last migration left. All of it is one transaction, which is short and does not
+wait: where somebody uses a table or a view that it has to change, it is undone and tried again, so
+that searches and writers are never kept waiting behind it for long.
 """
 
 from __future__ import annotations
@@ -178,8 +178,8 @@ def _migrate(connection: sqlalchemy.Connection) -> bool:
     config.attributes["connection"] = connection
     if definitions.there:
         definitions.try_functions()
-        # The first that every search uses, with the tables below it: who has got it meets nobody who
-        # waits for one thing and holds another.
+        # The first that every search uses, with the tables below it: who has got it meets nobody
+        # who waits for one thing and holds another.
         driver.execute("LOCK TABLE ehub.catalogue IN ACCESS EXCLUSIVE MODE")
     try:
         alembic.command.upgrade(config, "head")
@@ -197,8 +197,8 @@ def _migrate(connection: sqlalchemy.Connection) -> bool:
 class _Definitions:
     """What ``sql/`` defines, as far as it is not in the database like this.
 
-    Searches wait from the moment that something of theirs is locked. So functions, which nobody waits
-    for, are made before that where it can be done, and views that are there are replaced after all else.
+    Searches wait from the moment that something of theirs is locked. So functions, which nobody
+    waits for, are made before that where it can be done, and views are replaced after all else.
     """
 
     def __init__(self, driver: Connection, vector_schema: str) -> None:
@@ -220,8 +220,10 @@ class _Definitions:
             text = statement.replace("@vector@", vector_schema)
             definition = _DEFINITION.match(text)
             if definition is None:
-                # A block before everything that is done to spaces makes a type, which functions take.
-                (self._last if self._last or text.startswith("SELECT") else self._first).append(text)
+                # A block before all that is done to spaces makes a type, which functions take.
+                (self._last if self._last or text.startswith("SELECT") else self._first).append(
+                    text
+                )
                 continue
             self._digests.append(hashlib.sha256(text.encode()).hexdigest()[:16])
             if self._digests[-1] in done:

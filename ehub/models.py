@@ -379,3 +379,17 @@ change = Table(
     Index("change_version_id_xid_idx", "version_id", "xid"),
 )
 """The change log: which keys each transaction changed; ``keys`` is null where all did."""
+
+_EXACT_REASONS = (
+    "no_service",
+    "service_down",
+    "service_unreachable",
+    "index_not_ready",
+    "index_behind",
+    "row_limits",
+    "filter",
+    "request",
+)
+for _reason in _EXACT_REASONS:
+    # Empty for ever: Postgres counts how often each was read (ehub.count_exact).
+    Table(f"exact_{_reason}", Base.metadata)

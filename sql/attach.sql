@@ -32,7 +32,7 @@ BEGIN
                         IF TG_OP <> 'INSERT' THEN
                             keys := ARRAY[concat(OLD.%2$I)];
                         END IF;
-                        IF TG_OP <> 'DELETE' AND concat(NEW.%2$I) IS DISTINCT FROM keys[1] THEN
+                        IF TG_OP <> 'DELETE' AND concat(NEW.%2$I) COLLATE "C" IS DISTINCT FROM keys[1] THEN
                             keys := keys || concat(NEW.%2$I);
                         END IF;
                     ELSIF TG_OP = 'DELETE' THEN

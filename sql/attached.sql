@@ -479,7 +479,8 @@ BEGIN
     );
 END $$;
 
--- The attached spaces of those who may read or write the table; and why no index follows it, if so.
+-- The attached spaces of those who may read or write the table, all of them for the owner of ehub; and why
+-- no index follows it, if so.
 CREATE OR REPLACE VIEW ehub.attached WITH (security_barrier) AS
 SELECT s.name AS space, a.relation,
     coalesce(
@@ -495,8 +496,11 @@ SELECT s.name AS space, a.relation,
 FROM ehub.attachment AS a
 JOIN ehub.version AS v ON v.id = a.version_id
 JOIN ehub.space AS s ON s.id = v.space_id
-WHERE (SELECT ehub.hear_of_revocations())
-    AND has_table_privilege(a.relation, 'SELECT, INSERT, UPDATE, DELETE');
+WHERE (SELECT ehub.hear_of_revocations()) AND (
+    has_table_privilege(a.relation, 'SELECT, INSERT, UPDATE, DELETE')
+    OR pg_has_role(ehub.owner(), 'USAGE')
+        AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = a.relation)
+);
 
 -- The space that a column of a table is attached as; the metric says which, where there are several.
 CREATE OR REPLACE FUNCTION ehub.space_of(relation regclass, "column" name, metric text DEFAULT NULL)

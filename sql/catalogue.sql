@@ -8,7 +8,8 @@ BEGIN
 END $$;
 
 -- The versions of all spaces with their indexes, as replicas and clients ask for them: those of
--- which one may read or write the rows.
+-- which one may read or write the rows. And for the owner of ehub all attached ones, so that one whose
+-- table it may not read any more is seen to be broken.
 --
 -- Which version is current is a row's matter, seen in the statement's snapshot, as long as each statement
 -- has its own. A transaction that keeps its snapshot (REPEATABLE READ, SERIALIZABLE) would see one
@@ -37,8 +38,12 @@ FROM ehub.space AS s
 JOIN ehub.version AS v ON v.space_id = s.id
 JOIN ehub.index AS i ON i.version_id = v.id AND i.rows IS NULL AND i.name IS NULL
 LEFT JOIN ehub.attachment AS a ON a.version_id = v.id
-WHERE (SELECT ehub.hear_of_revocations()) AND has_table_privilege(
-    coalesce(a.relation, to_regclass('ehub_data.v' || v.id)), 'SELECT, INSERT, UPDATE, DELETE'
+WHERE (SELECT ehub.hear_of_revocations()) AND (
+    has_table_privilege(
+        coalesce(a.relation, to_regclass('ehub_data.v' || v.id)), 'SELECT, INSERT, UPDATE, DELETE'
+    )
+    OR a.relation IS NOT NULL AND pg_has_role(ehub.owner(), 'USAGE')
+        AND EXISTS (SELECT FROM pg_class AS c WHERE c.oid = a.relation)
 );
 
 -- The table of a version: its own, or the one that is attached; NULL where that is gone.

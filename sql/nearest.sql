@@ -563,7 +563,7 @@ BEGIN
     ORDER BY v.q, n.distance, n.key;
 END $$;
 
--- Under mode 'index' the reason why the index cannot answer is an error.
+-- Under mode 'index' the reason why the index cannot answer is an error. Otherwise it is counted.
 CREATE OR REPLACE FUNCTION ehub.require_exact_is_allowed(mode text, space text, reason text)
 RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
@@ -572,6 +572,47 @@ BEGIN
         RAISE EXCEPTION 'space %: the index cannot answer: %', quote_literal(space), reason
             USING ERRCODE = 'EH009', HINT = 'SET ehub.mode = ''auto'' goes exact instead';
     END IF;
+    PERFORM ehub.count_exact(reason);
+END $$;
+
+-- Count an exact answer that the index could not give. A search writes nothing, and may be in a transaction
+-- or on a server that must not write. But Postgres counts in shared memory how often a table was read from
+-- its beginning, so there is an empty table for each reason (ehub.exact_answers).
+CREATE OR REPLACE FUNCTION ehub.count_exact(reason text) RETURNS void
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF reason ~ '^(no index service is|this server has no|this is a standby)' THEN
+        PERFORM FROM ehub.exact_no_service;
+    ELSIF reason ~ '^the index service ' THEN
+        PERFORM FROM ehub.exact_service_down;
+    ELSIF reason ~ '^(it is |it follows |the service has no |parts of its graph|its table was altered)' THEN
+        PERFORM FROM ehub.exact_index_not_ready;
+    ELSIF reason ~ '^too much has changed' THEN
+        PERFORM FROM ehub.exact_index_behind;
+    ELSIF reason ~ '^no index has just' THEN
+        PERFORM FROM ehub.exact_row_limits;
+    ELSIF reason ~ '^too few of' THEN
+        PERFORM FROM ehub.exact_filter;
+    ELSIF reason ~ '^(more than |the statement that )' THEN
+        PERFORM FROM ehub.exact_request;
+    ELSE
+        PERFORM FROM ehub.exact_service_unreachable;
+    END IF;
+END $$;
+
+-- How often searches were exact because the index could not answer, since the statistics of the database
+-- were reset, and when that was last (which PostgreSQL 15 does not know). Within a second or so.
+CREATE OR REPLACE FUNCTION ehub.exact_answers()
+RETURNS TABLE (reason text, answers bigint, last_at timestamptz)
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN QUERY EXECUTE format(
+        'SELECT replace(substr(c.relname, 7), ''_'', '' ''), pg_stat_get_numscans(c.oid), %s'
+        ' FROM pg_class AS c WHERE c.relnamespace = ''ehub''::regnamespace AND c.relkind = ''r'''
+        ' AND c.relname ~ ''^exact_'' ORDER BY c.relname',
+        CASE WHEN current_setting('server_version_num')::int >= 160000
+            THEN 'pg_stat_get_lastscan(c.oid)' ELSE 'NULL::timestamptz' END
+    );
 END $$;
 
 -- Why the index service cannot answer yet with all that a snapshot sees; NULL if it can.

@@ -1,6 +1,7 @@
 -- How everything is.
 
--- NULL where the table of an attached space is not any more what it was attached as.
+-- NULL where they cannot be counted: the table of an attached space is not any more what it was attached
+-- as, or the caller may not read it.
 CREATE OR REPLACE FUNCTION ehub.count_rows(version_id bigint) RETURNS bigint
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -22,6 +23,8 @@ BEGIN
         END IF;
     END IF;
     RETURN n;
+EXCEPTION WHEN insufficient_privilege OR undefined_table OR undefined_column THEN
+    RETURN NULL;
 END $$;
 
 -- The keys that changed since a watermark, for those who see all rows.
@@ -40,9 +43,32 @@ BEGIN
     );
 END $$;
 
+-- Why a search that asks the index is exact now, of a version with such a problem and such a state of its
+-- index in the service; NULL where the index service answers.
+CREATE OR REPLACE FUNCTION ehub.exact_because(problem text, state text) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    missing text := coalesce(problem, ehub.service_missing());
+    failed timestamptz;
+BEGIN
+    IF missing IS NOT NULL THEN
+        RETURN missing;
+    ELSIF state IS NULL THEN
+        RETURN 'the index service has no index of it yet';
+    ELSIF state <> 'ready' THEN
+        RETURN 'its index in the service is ' || state;
+    END IF;
+    SELECT e.last_at INTO failed FROM ehub.exact_answers() AS e
+    WHERE e.reason = 'service unreachable' AND e.last_at > clock_timestamp() - interval '20 s';
+    -- NULL where it was not.
+    RETURN 'Postgres could not ask the index service ' || round(
+        extract(epoch FROM clock_timestamp() - failed)
+    ) || ' s ago; the server''s log says why';
+END $$;
+
 -- Every version that is kept warm, and beside it every copy of its indexes, for those who see all of
 -- its rows. Lag: keys changed since what the copy has last reported as applied. In SQL: what
--- ehub.nearest does, and why it is slow where it is.
+-- ehub.nearest does, and why it is slow where it is. What is wrong with one space is said in its rows.
 CREATE OR REPLACE VIEW ehub.status WITH (security_barrier) AS
 SELECT
     c.space,
@@ -61,9 +87,7 @@ SELECT
     r.memory,
     r.reported_at,
     coalesce(p.problem, r.last_error) AS last_error,
-    coalesce(
-        'exact: ' || coalesce(p.problem, ehub.service_missing()), 'by the index service'
-    ) AS in_sql,
+    coalesce('exact: ' || ehub.exact_because(p.problem, s.state), 'by the index service') AS in_sql,
     coalesce(i.id, c.index_id) AS index_id,
     c.current,
     i.rows AS of_rows,
@@ -73,6 +97,11 @@ LEFT JOIN ehub.attached AS a ON a.version_id = c.version_id
 CROSS JOIN LATERAL (
     SELECT CASE WHEN c.relation IS NULL THEN ehub.own_problem(c.version_id) ELSE a.problem END AS problem
 ) AS p
+LEFT JOIN LATERAL (
+    SELECT r.state FROM ehub.replica AS r
+    WHERE r.index_id = c.index_id AND r.place LIKE 'service at %' AND r.expires_at > clock_timestamp()
+    ORDER BY r.state = 'ready' DESC, r.reported_at DESC LIMIT 1
+) AS s ON true
 LEFT JOIN (
     ehub.index AS i
     LEFT JOIN ehub.replica AS r ON r.index_id = i.id AND r.expires_at > clock_timestamp()

@@ -163,6 +163,15 @@ class IndexStore:
         size, checksum = manifest.sizes[name], manifest.checksums[name]
         return path.stat().st_size == size and _checksum(path) == checksum
 
+    def size(self) -> int:
+        """Return the bytes of the files in the folder."""
+        total = 0
+        with contextlib.suppress(OSError):
+            for file in self.folder.iterdir():
+                with contextlib.suppress(OSError):
+                    total += file.stat().st_size
+        return total
+
     def begin_save(
         self, index: HnswIndex | PartitionedIndex, build: dict[str, Any], watermark: str
     ) -> Callable[[], Manifest]:

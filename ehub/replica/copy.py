@@ -55,6 +55,10 @@ _log = logging.getLogger(__name__)
 _SAVE_SECONDS = 300.0
 _ACKNOWLEDGE_SECONDS = 30.0
 _MANY_KEYS = 100_000
+# So many changes, and such a part of the rows, are too many for a search to look at
+# (sql/nearest.sql).
+_MANY_CHANGED = 1000
+_CHANGED_PART = 50
 _REPORT_SECONDS = 10.0
 # A saved index is worth its log for a day; one that lives in memory has to show that it lives.
 _SAVED_LEASE = "1 day"
@@ -169,6 +173,13 @@ class Copy:
         self.fresh: Fresh | None = None
         self.job: str | None = None
         self.error: str | None = None
+        # What is told of it: keys that it is known to lack, and since when by time.time(); when it
+        # last equalled a snapshot, when something last failed, and how often saving did.
+        self.lag = 0
+        self.lags_since: float | None = None
+        self.caught_up_at: float | None = None
+        self.failed_at: float | None = None
+        self.failed_saves = 0
         self.done = self.total = 0
         # No new job before, no reading of the table before.
         self.retry_at = 0.0
@@ -211,6 +222,25 @@ class Copy:
     def serving(self) -> bool:
         """Whether it may answer."""
         return self.state is State.READY and self.index is not None and self.watermark is not None
+
+    @property
+    def behind(self) -> bool:
+        """Whether it lacks so much that searches of the present do without it."""
+        # As ehub.deciding_keys decides.
+        return self.lag > _MANY_CHANGED and self.lag > len(self.index or ()) / _CHANGED_PART
+
+    def health(self) -> str:
+        """Say how it is, in a word: a state, or 'behind'."""
+        return "behind" if self.serving() and self.behind else str(self.state)
+
+    def _lags(self, keys: int) -> None:
+        """Remember how many keys it lacks, 0 where it equals a snapshot."""
+        now = time.time()
+        if not keys:
+            self.lags_since, self.caught_up_at = None, now
+        elif self.lags_since is None:
+            self.lags_since = now
+        self.lag = keys
 
     def ask(self, text: str) -> None:
         """Remember that a search has a filter, which the index may come to know. Of any thread."""
@@ -319,6 +349,7 @@ class Copy:
             self._submit("rebuild", self._build)
             return True
         if len(keys) > _LARGE_BACKLOG:
+            self._lags(len(keys))
             life = self._shared.epoch, self._shared.incarnation
             if not self._submit("catch up", self._catch_up, fresh, *life):
                 # Another job goes on; to read so many keys again and again would not help it.
@@ -342,6 +373,7 @@ class Copy:
         self.redo = set()
         self.watermark = snapshot
         self.brought = cycle
+        self._lags(0)
         return bool(keys) or fresh is not None
 
     def may_fail(self, error: Exception) -> bool:
@@ -361,6 +393,7 @@ class Copy:
     def _set_aside(self, problem: str) -> None:
         """Answer nothing while the table cannot be followed; afterwards all is compared."""
         if self.error != problem or self.state is not State.FAILED:
+            self.failed_at = time.time()
             _log.warning("%s: no index follows it: %s", self.entry.address, problem)
         self.state, self.error = State.FAILED, problem
         self.watermark = None
@@ -474,10 +507,11 @@ class Copy:
         age = now - self.reported_at
         # A new state is told at once, numbers now and then, and a sign of life before the lease
         # ends.
-        if self.reported[:1] == [str(self.state)] and age < _REPORT_SECONDS:
+        if self.reported[:1] == [self.health()] and age < _REPORT_SECONDS:
             return
         values: list[object] = [
-            str(self.state),
+            # What a service has saved answers nobody after its end.
+            "stopped" if self._shared.stopping and self._shared.title else self.health(),
             len(index) if index else 0,
             index.tombstones if index else 0,
             index.calibration.ef if index else None,
@@ -593,6 +627,8 @@ class Copy:
         def run() -> None:
             try:
                 work(*values)
+                if self.error is not None and self.error.startswith(f"{name}: "):
+                    self.error = None
             except (_Stopped, Behind):
                 # The next cycle sees for itself that it is behind.
                 pass
@@ -604,6 +640,8 @@ class Copy:
                     # Its folder is gone, and its space or the right to it.
                     return
                 self.failures += 1
+                self.failed_saves += name == "save"
+                self.failed_at = time.time()
                 self.error = f"{name}: {error}"
                 self.retry_at = time.monotonic() + min(0.5 * 2**self.failures, 60)
                 if self.index is None:
@@ -714,14 +752,14 @@ class Copy:
         index = state.index
         if index is None or state.watermark is None:
             return
-        with Spool(self.store.folder, entry.dims) as spool:
-            with self._connected() as connection:
-                with repeatable_read(connection):
-                    snapshot = take_snapshot(connection)
-                    keys = changed_keys(connection, entry, state.watermark, state.redo)
-                    for batch in read_rows(connection, entry, keys):
-                        self._check_stopped()
-                        spool.write(batch)
+        with contextlib.ExitStack() as stack:
+            with self._connected() as connection, repeatable_read(connection):
+                snapshot = take_snapshot(connection)
+                keys = changed_keys(connection, entry, state.watermark, state.redo)
+                spool = stack.enter_context(Spool(self.store.folder, entry.dims, len(keys)))
+                for batch in read_rows(connection, entry, keys):
+                    self._check_stopped()
+                    spool.write(batch)
             self.done, self.total = 0, spool.rows
 
             def batches() -> Iterator[Batch]:

@@ -158,6 +158,11 @@ class Replica:
         return list(self._copies.values())
 
     @property
+    def followed_once(self) -> bool:
+        """Whether the database is followed now, and it is known what there is to follow."""
+        return self._shared.connected and self._heard > float("-inf")
+
+    @property
     def connected(self) -> bool:
         """Whether the last that was heard of the database was an answer."""
         return self._shared.connected

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -12,14 +14,23 @@ from ehub.replica.log import Batch
 from ehub.types import Matrix
 
 _BATCH = 4096
+# So much is as well kept in memory, and goes on when the disk is full.
+_MEMORY_BYTES = 1 << 28
 
 
 class Spool:
-    """Rows on disk, so that a long build holds neither a transaction nor twice the memory."""
+    """Rows on disk, so that a long build holds neither a transaction nor twice the memory.
 
-    def __init__(self, folder: Path, dims: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
+    With ``most`` rows, the number that will come at the most, few of them are kept in memory.
+    """
+
+    def __init__(self, folder: Path, dims: int, most: int | None = None) -> None:
+        self._file: IO[bytes]
+        if most is not None and most * dims * 4 <= _MEMORY_BYTES:
+            self._file = io.BytesIO()
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
         self._dims = dims
         self._keys: list[str] = []
         self._partitions: list[str] = []
@@ -38,7 +49,10 @@ class Spool:
         self._file.write(batch.vectors.tobytes())
 
     def all(self) -> tuple[list[str], Matrix, list[str]]:
-        """Return keys, vectors and partitions; the vectors stay in the file, mapped to memory."""
+        """Return keys, vectors and partitions; the vectors stay in the file, mapped to memory.
+
+        Not of a spool that knows how many rows come.
+        """
         if not self._keys:
             return [], np.empty((0, self._dims), np.float32), []
         self._file.flush()

@@ -1,74 +1,152 @@
-"""What the service counts, for Prometheus; and the page that shows it, and whether it is well.
+"""What the service counts, for Prometheus; and the pages that show it, and whether it is well.
 
 Whoever reaches the port reads it, so indexes go by their number here (``ehub.status`` says to those
-who may know which space that is), and how large they are is for Prometheus alone, where it has been
-given a token.
+who may know which space that is). Where there is a token, whoever sends it sees names too.
 """
 
 from __future__ import annotations
 
+import bisect
 import hmac
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from ehub.config import Address
 from ehub.errors import ConfigurationError
 from ehub.replica import Copy, Replica, State
 
-_COUNTS = {
-    "answers": "Answers to Postgres, a batch being one.",
-    "queries": "Queries that candidates were asked for.",
-    "answer_seconds": "Time that answers took, without the road.",
-    "refused_answers": "Answers without candidates: Postgres went exact.",
-}
+# Seconds, the upper bounds of the histogram's buckets.
+_BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_NAN = float("nan")
 
 
 class Metrics:
-    """Counts answers, and reads the state of the indexes when it is asked."""
+    """Counts answers, and reads the state of the indexes when it is asked.
 
-    def __init__(self, replica: Replica, connections: Callable[[], int]) -> None:
+    Args:
+        replica: whose indexes these are.
+        connections: counts the connections through the door.
+        exact: what Postgres has counted: answers without the index, by reason.
+        build: the labels of ``ehub_build_info``.
+        named: whether whoever reads it may know what spaces are called.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        connections: Callable[[], int],
+        exact: Callable[[], Mapping[str, int]],
+        build: Callable[[], Mapping[str, str]],
+        *,
+        named: bool,
+    ) -> None:
         self.registry = CollectorRegistry()
-        self._state = _State(replica, connections)
+        self._state = _State(replica, connections, exact, build, named)
         self.registry.register(self._state)
+        ProcessCollector(registry=self.registry)
 
     @property
-    def counts(self) -> dict[str, float]:
-        """What was counted so far, by name."""
-        return self._state.counts
+    def answers(self) -> int:
+        """How many answers were given, a batch being one."""
+        return sum(self._state.durations)
+
+    @property
+    def queries(self) -> int:
+        """How many queries candidates were asked for."""
+        return self._state.queries
 
     def answered(self, queries: int, seconds: float, reason: str | None) -> None:
         """Count an answer, which has a ``reason`` if it has no candidates."""
         # In every search's way, so nothing but sums; a lost addition in a million would not matter.
-        counts = self._state.counts
-        counts["answers"] += 1
-        counts["queries"] += queries
-        counts["answer_seconds"] += seconds
+        state = self._state
+        state.durations[bisect.bisect_left(_BUCKETS, seconds)] += 1
+        state.seconds += seconds
+        state.queries += queries
         if reason is not None:
-            counts["refused_answers"] += 1
+            state.refused[reason] += 1
 
 
 class _State(Collector):
-    def __init__(self, replica: Replica, connections: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        connections: Callable[[], int],
+        exact: Callable[[], Mapping[str, int]],
+        build: Callable[[], Mapping[str, str]],
+        named: bool,
+    ) -> None:
         self._replica, self._connections = replica, connections
-        self.counts = dict.fromkeys(_COUNTS, 0.0)
+        self._exact, self._build, self._named = exact, build, named
+        self.durations = [0] * (len(_BUCKETS) + 1)
+        self.seconds = 0.0
+        self.queries = 0
+        self.refused: Counter[str] = Counter()
 
     def collect(self) -> Iterator[Metric]:
-        for name, text in _COUNTS.items():
-            yield CounterMetricFamily(f"ehub_{name}", text, value=self.counts[name])
+        build = dict(self._build())
+        info = GaugeMetricFamily("ehub_build_info", "What runs here.", labels=list(build))
+        info.add_metric(list(build.values()), 1)
+        yield info
+        yield self._histogram()
+        yield CounterMetricFamily(
+            "ehub_queries", "Queries that candidates were asked for.", value=self.queries
+        )
+        refused = CounterMetricFamily(
+            "ehub_refused_answers",
+            "Answers without candidates: Postgres went exact.",
+            labels=["reason"],
+        )
+        for reason, number in list(self.refused.items()):
+            refused.add_metric([reason], number)
+        yield refused
+        exact = CounterMetricFamily(
+            "ehub_exact_answers",
+            "Searches in SQL that asked the index and were exact, as Postgres counts them.",
+            labels=["reason"],
+        )
+        for reason, number in self._exact().items():
+            exact.add_metric([reason], number)
+        yield exact
         yield _gauge("ehub_connections", "Connections through the door.", self._connections())
         connected = float(self._replica.connected)
         yield _gauge("ehub_database_connected", "Whether the database answers.", connected)
+        yield from self._indexes()
+
+    def _histogram(self) -> Metric:
+        buckets = []
+        total = 0
+        for bound, number in zip((*map(str, _BUCKETS), "+Inf"), self.durations, strict=True):
+            total += number
+            buckets.append((bound, float(total)))
+        return HistogramMetricFamily(
+            "ehub_answer_duration_seconds",
+            "Time that answers to Postgres took, a batch being one, without the road.",
+            buckets=buckets,
+            sum_value=self.seconds,
+        )
+
+    def _indexes(self) -> Iterator[Metric]:
         copies = self._replica.followed()
+        labels = ["index", "space", "version", "name"] if self._named else ["index"]
+        now = time.time()
         for name, text, value in (
-            ("ready", "Whether the index answers.", lambda copy: float(copy.serving())),
+            ("ready", "Whether searches of the present are answered by it.", _ready),
             ("rows", "Rows in the index.", lambda copy: len(copy.index or ())),
             (
                 "tombstones",
@@ -77,30 +155,68 @@ class _State(Collector):
             ),
             (
                 "memory_bytes",
-                "Size of the graph.",
+                "Size of the graph in memory.",
                 lambda copy: copy.index.memory if copy.index else 0,
             ),
+            ("disk_bytes", "Size of the saved index.", lambda copy: copy.store.size()),
             (
                 "recall",
                 "Measured recall@10.",
-                lambda copy: (copy.index and copy.index.calibration.recall) or float("nan"),
+                lambda copy: (copy.index and copy.index.calibration.recall) or _NAN,
             ),
             (
                 "ef",
                 "Candidates kept by a search.",
                 lambda copy: copy.index.calibration.ef if copy.index else 0,
             ),
+            ("lag_rows", "Changed rows that it is known to lack.", lambda copy: copy.lag),
+            (
+                "lag_seconds",
+                "How long it has lacked any.",
+                lambda copy: 0 if copy.lags_since is None else now - copy.lags_since,
+            ),
+            (
+                "caught_up_timestamp_seconds",
+                "When it last equalled its table.",
+                lambda copy: copy.caught_up_at or _NAN,
+            ),
+            (
+                "failed_timestamp_seconds",
+                "When something last failed.",
+                lambda copy: copy.failed_at or _NAN,
+            ),
+            (
+                "progress_ratio",
+                "How far the work is that it cannot answer before; 1 where it answers.",
+                lambda copy: (
+                    1.0 if copy.serving() else copy.done / copy.total if copy.total else 0.0
+                ),
+            ),
         ):
-            family = GaugeMetricFamily(f"ehub_index_{name}", text, labels=["index"])
+            family = GaugeMetricFamily(f"ehub_index_{name}", text, labels=labels)
             for copy in copies:
-                family.add_metric([str(copy.entry.index_id)], value(copy))
+                family.add_metric(self._labels(copy), value(copy))
             yield family
+        failed = CounterMetricFamily(
+            "ehub_index_failed_saves", "How often the index could not be saved.", labels=labels
+        )
+        for copy in copies:
+            failed.add_metric(self._labels(copy), copy.failed_saves)
+        yield failed
+
+    def _labels(self, copy: Copy) -> list[str]:
+        entry = copy.entry
+        if not self._named:
+            return [str(entry.index_id)]
+        return [str(entry.index_id), entry.space, entry.version, entry.name or ""]
 
 
 class Pages:
     """``/metrics`` for Prometheus; ``/health``: is it alive; ``/ready``: may it be relied on.
 
-    With a ``token`` metrics are for those who send it as ``Authorization: Bearer``.
+    A service is ready when it answers for what it can. Of one index ``/ready?index=NUMBER`` tells,
+    of a space ``/ready?space=NAME``. With a ``token``, metrics and names are for those who send it
+    as ``Authorization: Bearer``; without one, names are for nobody.
     """
 
     def __init__(
@@ -109,10 +225,11 @@ class Pages:
         metrics: Metrics,
         replica: Replica,
         ready: Callable[[], bool],
+        schema: Callable[[], str],
         token: str | None = None,
     ) -> None:
         self._metrics_page = make_wsgi_app(metrics.registry)
-        self._replica, self._ready = replica, ready
+        self._replica, self._ready, self._schema = replica, ready, schema
         self._expected = None if token is None else f"Bearer {token}"
         try:
             self._server = make_server(
@@ -128,27 +245,40 @@ class Pages:
         self._server.shutdown()
         self._server.server_close()
 
+    def _knows_token(self, environ: dict[str, Any]) -> bool:
+        given = environ.get("HTTP_AUTHORIZATION", "")
+        return self._expected is not None and hmac.compare_digest(
+            given.encode(), self._expected.encode()
+        )
+
     def _page(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "/")
+        asked = dict(urllib.parse.parse_qsl(environ.get("QUERY_STRING", "")))
+        named = self._knows_token(environ)
+        if not named and ((self._expected is not None and path == "/metrics") or "space" in asked):
+            start("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
+            return [b"the token is missing or wrong\n"]
         if path == "/metrics":
-            given = environ.get("HTTP_AUTHORIZATION", "")
-            if self._expected is not None and not hmac.compare_digest(
-                given.encode(), self._expected.encode()
-            ):
-                start("401 Unauthorized", [("WWW-Authenticate", "Bearer")])
-                return [b"the token is missing or wrong\n"]
             page: Iterable[bytes] = self._metrics_page(environ, start)
             return page
         if path not in ("/", "/health", "/ready"):
             start("404 Not Found", [("Content-Type", "text/plain")])
             return [b"there are /metrics, /health and /ready\n"]
+        copies = self._replica.followed()
         ready = self._ready()
-        well = path != "/ready" or ready
+        if "space" in asked:
+            copies = [c for c in copies if c.entry.space == asked["space"] and c.entry.current]
+        elif "index" in asked:
+            copies = [c for c in copies if str(c.entry.index_id) == asked["index"]]
+        if asked:
+            ready = ready and bool(copies) and all(_ready(copy) for copy in copies)
         state = {
             "ready": ready,
             "database": "connected" if self._replica.connected else "not connected",
-            "indexes": [_describe(copy) for copy in self._replica.followed()],
+            "schema": self._schema(),
+            "indexes": [_describe(copy, named) for copy in copies],
         }
+        well = path != "/ready" or ready
         status = "200 OK" if well else "503 Service Unavailable"
         start(status, [("Content-Type", "application/json")])
         return [json.dumps(state, indent=1).encode() + b"\n"]
@@ -163,12 +293,23 @@ class _QuietHandler(WSGIRequestHandler):
         """Keep probes out of the log."""
 
 
-def _describe(copy: Copy) -> dict[str, object]:
-    description: dict[str, object] = {
-        "index": copy.entry.index_id,
-        "state": str(copy.state),
-        "failed": copy.error is not None,
-    }
+def _ready(copy: Copy) -> bool:
+    return copy.health() == State.READY
+
+
+def _describe(copy: Copy, named: bool) -> dict[str, object]:
+    description: dict[str, object] = {"index": copy.entry.index_id}
+    if named:
+        entry = copy.entry
+        description |= {"space": entry.space, "version": entry.version}
+        if entry.name is not None:
+            description["name"] = entry.name
+    description |= {"state": copy.health(), "ready": _ready(copy)}
+    if copy.lag:
+        description["lag"] = copy.lag
+    if copy.error is not None:
+        # What it says may be names.
+        description["error"] = copy.error if named else "see the service's log"
     if copy.state is not State.READY and copy.total:
         description["done"] = round(copy.done / copy.total, 2)
     return description

@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 
+from ehub import resources
 from ehub.config import Address
-from ehub.database import Connection, Database, mapped
-from ehub.errors import ConfigurationError, EhubError
-from ehub.replica import Replica
+from ehub.database import SCHEMA_REVISION, Connection, Database, installed, is_lost, mapped
+from ehub.errors import ConfigurationError, EhubError, UnavailableError
+from ehub.replica import Replica, State
 from ehub.service.candidates import Answers
 from ehub.service.metrics import Metrics, Pages
 from ehub.service.pgwire import Door, Verifier
@@ -63,14 +65,25 @@ class Service:
         self._was_installed = False
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._replica = Replica(database, f"service at {listen}", self._long_work)
-        self.metrics = Metrics(self._replica, lambda: self._door.connections)
+        self._exact: dict[str, int] = {}
+        self._schema = "unknown"
+        self._pulse_error: str | None = None
+        self.metrics = Metrics(
+            self._replica,
+            lambda: self._door.connections,
+            lambda: self._exact,
+            lambda: {"version": version("ehub"), "schema": self._schema},
+            named=token is not None,
+        )
         with contextlib.ExitStack() as stack:
             self._door = Door(listen, self._verifier, Answers(self._replica, self.metrics), tls)
             stack.callback(self._door.close)
             self._pages = (
                 None
                 if pages is None
-                else Pages(pages, self.metrics, self._replica, self.ready, token)
+                else Pages(
+                    pages, self.metrics, self._replica, self.ready, lambda: self._schema, token
+                )
             )
             if self._pages is not None:
                 stack.callback(self._pages.close)
@@ -99,11 +112,23 @@ class Service:
         return self._secret is not None
 
     def ready(self) -> bool:
-        """Whether the database is followed and the index of every current version answers."""
-        current = [
-            copy for copy in self._replica.followed() if copy.entry.current and copy.entry.whole
-        ]
-        return self._replica.connected and all(copy.serving() for copy in current)
+        """Whether it follows the database and answers for what it can.
+
+        A space whose index is being built or cannot be made keeps nobody from the others. At the
+        start those that were saved are loaded first.
+        """
+        copies = self._replica.followed()
+        return self._replica.followed_once and not any(
+            copy.state is State.LOADING for copy in copies if copy.entry.current
+        )
+
+    def complete(self) -> bool:
+        """Whether the index of every current version answers, or cannot be made."""
+        return self.ready() and all(
+            copy.settled()
+            for copy in self._replica.followed()
+            if copy.entry.current and copy.entry.whole
+        )
 
     def close(self) -> None:
         """Hang up on everybody and save the indexes."""
@@ -145,15 +170,21 @@ class Service:
                     asked = time.monotonic()
                     self._read_secret(connection)
                     self._promise(connection)
+                    self._look_around(connection)
                 else:
                     connection.execute("SELECT")
+                if self._pulse_error is not None:
+                    _log.warning("the pulse of this service is back")
+                    self._pulse_error = None
             except Exception as error:
                 # The replica tells of lost connections; this thread must outlive everything.
                 if connection is not None:
                     connection.close()
                     connection = None
-                if not isinstance(error, EhubError | OSError):
-                    _log.debug("no pulse: %s", error)
+                lost = is_lost(error) or isinstance(error, UnavailableError | OSError)
+                if not lost and self._pulse_error != str(error):
+                    self._pulse_error = str(error)
+                    _log.warning("this service has no pulse, and searches are exact: %s", error)
         if connection is not None:
             connection.close()
 
@@ -164,10 +195,25 @@ class Service:
                 connection.execute("SET application_name = 'ehub pulse'")
                 self._read_secret(connection)
                 self._promise(connection)
+                self._look_around(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _look_around(self, connection: Connection) -> None:
+        """Read what Postgres has counted, and whether its functions are those of this release."""
+        self._exact = dict(
+            connection.execute("SELECT reason, answers FROM ehub.exact_answers()").fetchall()
+        )
+        there = installed(connection)
+        schema = "fits" if there == (SCHEMA_REVISION, resources.sql_digest()) else "differs"
+        if schema != self._schema and schema == "differs":
+            _log.warning(
+                "schema ehub is of another release than this service: run `ehub migrate` with this"
+                " release, or the service of the other one"
+            )
+        self._schema = schema
 
     def _promise(self, connection: Connection) -> None:
         """Tell the database whether this process ends, one way or another, what it is asked."""

@@ -98,14 +98,15 @@ class _Interval(ctypes.Structure):
     )
 
 
-def supervise() -> None:
+def supervise() -> bool:
     """Return in a child process, and in another one whenever a signal has ended that.
 
     This process only waits, passes SIGTERM and SIGINT on, and ends as the last child does; the
-    child ends with it. To be called before there are threads.
+    child ends with it. To be called before there are threads. Returns whether there was a child
+    before.
     """
     child = 0
-    stopped = False
+    stopped = again = False
 
     def stop(number: int, _frame: object) -> None:
         nonlocal stopped
@@ -127,7 +128,7 @@ def supervise() -> None:
                 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
-            return
+            return again
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         if stopped or code >= 0:
@@ -137,5 +138,6 @@ def supervise() -> None:
         if time.monotonic() - started > _SETTLED_SECONDS:
             pause = _BACKOFF_SECONDS[0]
         _log.error("the service was ended by signal %d; starting it again", -code)
+        again = True
         time.sleep(pause)
         pause = min(pause * 2, _BACKOFF_SECONDS[1])

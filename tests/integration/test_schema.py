@@ -128,6 +128,7 @@ def test_few_functions_run_with_their_owners_rights(db):
         # For who knows an id that nobody is told.
         *("acknowledged", "forget_replica"),
         # They have nothing to tell that is not for everybody, and believe nobody.
+        "count_exact",
         "log_change",
         *("release_log", "report"),
         *("service_missing", "trim", "trimmed_below"),

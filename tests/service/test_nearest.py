@@ -277,7 +277,7 @@ def test_settings_choose_the_road(space, db, service):
     query = vectors(1)[0]
 
     def answers():
-        return service.metrics.counts["answers"]
+        return service.metrics.answers
 
     db.execute("SET ehub.mode = 'exact'")
     before = answers()
@@ -334,12 +334,12 @@ def test_python_asks_the_service(space, url, data_dir, service):
         space = hub.get_space("s")
         space.set("new", [5] * DIMS, {"a": 1})
         space.wait_until_indexed(30)
-        before = service.metrics.counts["queries"]
+        before = service.metrics.queries
         assert space.nearest_neighbors(1, vector=[5] * DIMS) == [("new", 0.0, None)]
         assert space.nearest_neighbors(1, vector=[5] * DIMS, metadata=True)[0].metadata == {"a": 1}
         near = space.nearest_neighbors(3, key="new")
         assert near == space.multi_nearest_neighbors(4, vectors=[[5] * DIMS, [0] * DIMS])[0][1:]
-        assert service.metrics.counts["queries"] == before + 5
+        assert service.metrics.queries == before + 5
         with pytest.raises(ehub.KeyNotFoundError):
             space.nearest_neighbors(3, key="nobody")
     with ehub.connect(url, data_dir=data_dir, index="local") as hub:
