@@ -31,6 +31,7 @@ from ehub.database import Database
 from ehub.files import FORMATS, EmbeddingFile, Record
 from ehub.hub import open_database
 from ehub.migrate import migrate as migrate_database
+from ehub.migrate import uninstall as remove_from_database
 from ehub.service import Service
 from ehub.service.run import tls_context
 from ehub.service.watchdog import Watchdog, supervise
@@ -100,6 +101,29 @@ def migrate(
         database.close()
     what = "has the ehub schema of this release now" if done else "is up to date"
     out.print(f"{database.target.describe()} {what}")
+
+
+@app.command()
+def uninstall(
+    url: Annotated[str | None, typer.Argument(metavar="[URL]", show_default=False)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the statements.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Take ehub out of a database, with all its spaces; attached tables stay as they are."""
+    with contextlib.closing(Database(config.resolve(url))) as database:
+        where = database.target.describe()
+        statements = remove_from_database(database, dry_run=True)
+        if not statements:
+            out.print(f"{where} has no ehub schema")
+            return
+        for statement in statements:
+            print(f"{statement};")
+        if dry_run:
+            return
+        if not yes:
+            typer.confirm(f"Delete all spaces of {where}?", abort=True)
+        remove_from_database(database)
+        out.print(f"{where} has no ehub schema any more")
 
 
 @app.command()
@@ -394,10 +418,17 @@ def install_service(
         typer.Option("--direct", help="On another host, with neither proxy nor tunnel between."),
     ] = False,
     remove: Annotated[bool, typer.Option("--remove", help="Undo it.")] = False,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Only make a new secret for the service that there is.")
+    ] = False,
     url: Url = None,
 ) -> None:
     """Tell a database where its index service is; needs dblink, or the right to create it."""
     with contextlib.closing(open_database(url)) as database, database.connection() as connection:
+        if rotate:
+            connection.execute("SELECT ehub.set_service_secret()")
+            out.print("database and index service have a new secret")
+            return
         if remove:
             connection.execute("SELECT ehub.uninstall_service()")
             out.print("searches in SQL are exact from now on")

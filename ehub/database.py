@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import select
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from ehub.binary import (
 from ehub.config import Target
 from ehub.embedded import EmbeddedPostgres
 from ehub.types import Matrix
+
+_log = logging.getLogger(__name__)
 
 Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
 
@@ -277,6 +280,12 @@ def _check_alive(connection: Connection) -> None:
         raise psycopg.OperationalError("the connection was lost while it was idle")
 
 
+def _tell_of_waiting(notice: psycopg.errors.Diagnostic) -> None:
+    """Log for whom something waits; other notices are for those who write SQL."""
+    if notice.sqlstate == "EH018":
+        _log.warning("%s", notice.message_primary)
+
+
 def _configure(connection: Connection) -> None:
     # What values are as text, whatever the role, the database or the connection string sets.
     connection.execute(
@@ -284,5 +293,6 @@ def _configure(connection: Connection) -> None:
         " SET bytea_output = 'hex'; SET standard_conforming_strings = on"
     )
     set_json_loads(jsontext.read, connection)
+    connection.add_notice_handler(_tell_of_waiting)
     for parameter in (VectorParameter, VectorsParameter):
         connection.adapters.register_dumper(parameter, VectorDumper)

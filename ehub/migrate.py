@@ -8,6 +8,7 @@ that searches and writers are never kept waiting behind it for long.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -55,6 +56,20 @@ _USERS = """
         AND c.relkind IN ('r', 'v') AND l.pid <> pg_backend_pid()
     GROUP BY l.pid, a.usename, a.application_name, a.state, a.state_change
     ORDER BY a.state_change LIMIT 5
+"""
+
+
+_VIEWS_OF_OTHERS = """
+    WITH ours AS (
+        SELECT oid FROM pg_namespace WHERE nspname IN ('ehub', 'ehub_data', 'spaces')
+    )
+    SELECT DISTINCT v.oid::regclass::text
+    FROM pg_depend AS d
+    JOIN pg_rewrite AS r ON r.oid = d.objid AND d.classid = 'pg_rewrite'::regclass
+    JOIN pg_class AS v ON v.oid = r.ev_class
+    JOIN pg_class AS t ON t.oid = d.refobjid AND d.refclassid = 'pg_class'::regclass
+    WHERE t.relnamespace IN (SELECT oid FROM ours) AND v.relnamespace NOT IN (SELECT oid FROM ours)
+    ORDER BY 1
 """
 
 
@@ -117,7 +132,6 @@ def _users(database: Database) -> str:
 def _tend_triggers(database: Database) -> None:
     """Make triggers that are older than these functions anew, one table at a time."""
     with database.connect() as connection:
-        connection.add_notice_handler(lambda notice: _log.warning("%s", notice.message_primary))
         may = connection.execute(
             "SELECT has_function_privilege('ehub.tend_triggers(interval, bigint)', 'EXECUTE')"
         ).fetchone()
@@ -129,6 +143,36 @@ def _tend_triggers(database: Database) -> None:
         ).fetchall()
         for (version_id,) in versions:
             connection.execute("SELECT ehub.tend_triggers('1 minute', %s)", [version_id])
+
+
+def uninstall(database: Database, *, dry_run: bool = False) -> list[str]:
+    """Take ehub out of a database, with all its spaces; returns the statements for it.
+
+    Attached tables stay as they are, without ehub's triggers. For the owner of schema ehub, who
+    owns these tables too. Extension ``vector`` stays. With ``dry_run`` nothing is done.
+
+    Raises:
+        SchemaError: somebody's views are made of what would be dropped; nothing was changed.
+        AccessDeniedError: somebody else owns the schema, or an attached table.
+        WaitTimeoutError: transactions used an attached table for a minute.
+    """
+    with contextlib.closing(database.connect()) as connection, mapped():
+        if installed(connection)[0] is None:
+            return []
+        views = connection.execute(_VIEWS_OF_OTHERS).fetchall()
+        if views:
+            raise SchemaError(
+                f"{', '.join(view for (view,) in views)}: made of ehub's relations; drop that first"
+            )
+        attached = connection.execute("SELECT space FROM ehub.attached ORDER BY space").fetchall()
+        detach = sql.SQL("SELECT ehub.detach({})")
+        statements = [detach.format(space).as_string(connection) for (space,) in attached]
+        if database.has_service():
+            statements.append("SELECT ehub.uninstall_service()")
+        statements.append("DROP SCHEMA spaces, ehub_data, ehub CASCADE")
+        for statement in () if dry_run else statements:
+            connection.execute(statement.encode())
+        return statements
 
 
 def head() -> str:

@@ -442,6 +442,47 @@ BEGIN
     DELETE FROM ehub.space AS s WHERE s.id = space.id;
 END $$;
 
+-- Versions of attached spaces that no row of ehub.attachment is about, as when a dump that left out an
+-- attached table was restored: COPY of that table takes all its rows or none. Which table it is its
+-- triggers say, and which column the function that they call; NULL where it is not here.
+CREATE OR REPLACE FUNCTION ehub.lost_attachments()
+RETURNS TABLE (space text, version_id bigint, relation regclass, column_name text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
+    SELECT s.name, v.id, (
+        SELECT t.tgrelid FROM pg_trigger AS t
+        WHERE t.tgfoid = p.oid AND t.tgparentid = 0 ORDER BY t.oid LIMIT 1
+    ), substring(p.prosrc FROM ' AS n WHERE n[.](.*) IS NOT NULL LIMIT 10001')
+    FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id
+    JOIN pg_proc AS p ON p.oid = to_regproc('ehub_data.log_v' || v.id)
+    WHERE NOT EXISTS (SELECT FROM ehub.attachment AS a WHERE a.version_id = v.id)
+$$;
+
+-- Record the attachments anew that were lost, and forget the spaces whose table is not here. For the owner.
+CREATE OR REPLACE FUNCTION ehub.recover_attachments() RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    lost record;
+    owned ehub.attachment;
+BEGIN
+    FOR lost IN
+        SELECT l.*, a.attname, a.attnum FROM ehub.lost_attachments() AS l
+        LEFT JOIN pg_attribute AS a
+            ON a.attrelid = l.relation AND quote_ident(a.attname) = l.column_name AND NOT a.attisdropped
+    LOOP
+        PERFORM ehub.lock_space(lost.space);
+        owned := ROW(
+            lost.version_id, coalesce(lost.relation, 0), coalesce(lost.attname, lost.column_name, ''),
+            coalesce(lost.attnum, 0), '', false
+        );
+        IF lost.relation IS NULL THEN
+            PERFORM ehub.forget_attached(ehub.owner(), owned);
+        ELSE
+            INSERT INTO ehub.attachment SELECT owned.*;
+            PERFORM ehub.fit_attached(lost.version_id);
+        END IF;
+    END LOOP;
+END $$;
+
 -- Make the triggers of an attached table anew, where somebody has dropped or switched them off (ALTER
 -- TABLE … ENABLE TRIGGER ALL does that to those that fire always). For the owner of the table; waits for
 -- transactions that use it as ehub.detach does.

@@ -436,7 +436,7 @@ BEGIN
             OR NOT has_schema_privilege(reader, (
                 SELECT c.relnamespace FROM pg_class AS c WHERE c.oid = relation
             ), 'USAGE')
-        THEN format('role %s may not read %s', reader, relation)
+        THEN format('role %1$s may not read %2$s: GRANT SELECT ON %2$s TO %1$s', reader, relation)
         WHEN ehub.hides_rows(relation, reader) THEN format(
             'row policies of %s hide rows from role %s', relation, reader
         )

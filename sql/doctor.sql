@@ -1,6 +1,7 @@
 -- What is not as it was recorded: rights that somebody has given or taken by hand, row policies that
--- were changed, roles that are gone, functions that others could misuse; triggers of data tables, and marks
--- of current versions. For the owner of schema ehub.
+-- were changed, roles that are gone, functions that others could misuse; triggers of data tables, marks of
+-- current versions; attached tables that cannot be followed or were lost in a dump; a service that cannot be
+-- asked. For the owner of schema ehub.
 
 -- Each difference: what it is about, what is wrong, and what ehub.mend does about it; NULL where that
 -- is for a person to decide.
@@ -114,6 +115,20 @@ BEGIN
     GROUP BY c.oid, r.rolname;
 
     RETURN QUERY
+    SELECT 'space ' || a.space, a.problem, NULL::text
+    FROM ehub.attached AS a WHERE a.problem IS NOT NULL;
+
+    RETURN QUERY
+    SELECT 'space ' || l.space, CASE WHEN l.relation IS NULL THEN 'its table is not in this database'
+        ELSE format('that it is attached to %s is not recorded here', l.relation) END,
+        CASE WHEN l.relation IS NULL THEN 'forget it' ELSE 'record it' END
+    FROM ehub.lost_attachments() AS l;
+
+    RETURN QUERY
+    SELECT 'server ehub_service', ehub.service_problem(), 'make a new secret, for the owner'
+    WHERE ehub.service_problem() IS NOT NULL;
+
+    RETURN QUERY
     SELECT 'ehub_data.v' || v.id, ehub.wrong_triggers(v.id), 'put them right'
     FROM ehub.version AS v
     WHERE to_regclass('ehub_data.v' || v.id) IS NOT NULL AND ehub.wrong_triggers(v.id) IS NOT NULL;
@@ -189,6 +204,10 @@ BEGIN
         PERFORM ehub.lock_space(one.name);
         PERFORM ehub.apply_access(one.id);
     END LOOP;
+    PERFORM ehub.recover_attachments();
+    IF ehub.service_problem() IS NOT NULL THEN
+        PERFORM ehub.set_service_secret();
+    END IF;
     PERFORM ehub.tend_triggers('1 minute');
     PERFORM ehub.make_current(s.name, s.current_version_id)
     FROM ehub.space AS s WHERE NOT ehub.is_marked(s);

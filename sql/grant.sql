@@ -553,7 +553,8 @@ BEGIN
                 RAISE NOTICE 'waiting for %, for % of % seconds: in use by %', relation,
                     round(extract(epoch FROM clock_timestamp() - started)),
                     round(extract(epoch FROM patience)),
-                    coalesce(ehub.users_of(relation), 'others, now and then');
+                    coalesce(ehub.users_of(relation), 'others, now and then')
+                    USING ERRCODE = 'EH018';
                 tell_at := clock_timestamp() + interval '5 s';
             END IF;
             PERFORM pg_sleep(0.05);
@@ -569,7 +570,7 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
         FROM pg_locks AS l
         WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_backend_pid()
             AND l.database = (SELECT d.oid FROM pg_database AS d WHERE d.datname = current_database())
-            AND l.relation = ANY (ehub.tree_of(to_regclass(relation)))
+            AND l.relation = ANY (ehub.tree_of(to_regclass($1)))
         GROUP BY l.pid, l.virtualtransaction
     )
     SELECT string_agg(concat(

@@ -108,6 +108,7 @@ BEGIN
         DELETE FROM ehub.change;
         DELETE FROM ehub.replica;
         DELETE FROM ehub.trimmed;
+        PERFORM ehub.recover_attachments();
     END IF;
     INSERT INTO ehub.setting VALUES ('system', ehub.identity())
     ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value;

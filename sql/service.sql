@@ -122,17 +122,54 @@ BEGIN
     EXECUTE format(
         'CREATE SERVER ehub_service FOREIGN DATA WRAPPER dblink_fdw OPTIONS (%s)', options
     );
-    EXECUTE format(
-        'CREATE USER MAPPING FOR %I SERVER ehub_service OPTIONS (user %L, password %L)',
-        owner, 'ehub',
-        coalesce(secret, replace(gen_random_uuid()::text || gen_random_uuid(), '-', ''))
-    );
+    PERFORM ehub.set_service_secret(secret);
     DELETE FROM ehub.setting WHERE name = 'service_is_direct';
     IF direct THEN
         INSERT INTO ehub.setting VALUES ('service_is_direct', 'yes');
     END IF;
-    EXECUTE format('GRANT USAGE ON SCHEMA ehub_dblink TO %I', owner);
-    EXECUTE format('GRANT USAGE ON FOREIGN SERVER ehub_service TO %I', owner);
+END $$;
+
+-- Give the owner of ehub, and nobody else, the secret between database and service: a new one where none is
+-- given. The service learns of it within some seconds, and refuses new connections until then.
+CREATE OR REPLACE FUNCTION ehub.set_service_secret(secret text DEFAULT NULL) RETURNS void
+LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    holder text;
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_foreign_server AS s WHERE s.srvname = 'ehub_service') THEN
+        RAISE EXCEPTION 'no index service is installed' USING ERRCODE = 'EH010',
+            HINT = '`ehub install-service` does that';
+    END IF;
+    FOR holder IN
+        SELECT ehub.holder(m.umuser) FROM pg_user_mappings AS m WHERE m.srvname = 'ehub_service'
+    LOOP
+        EXECUTE format('DROP USER MAPPING FOR %s SERVER ehub_service', holder);
+    END LOOP;
+    EXECUTE format(
+        'CREATE USER MAPPING FOR %s SERVER ehub_service OPTIONS (user %L, password %L)',
+        ehub.owner(), 'ehub',
+        coalesce(secret, replace(gen_random_uuid()::text || gen_random_uuid(), '-', ''))
+    );
+    EXECUTE format('GRANT USAGE ON SCHEMA ehub_dblink TO %s', ehub.owner());
+    EXECUTE format('GRANT USAGE ON FOREIGN SERVER ehub_service TO %s', ehub.owner());
+END $$;
+
+-- Why the owner of ehub cannot ask the service that is installed, as after REASSIGN OWNED; NULL if it can.
+CREATE OR REPLACE FUNCTION ehub.service_problem() RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN CASE
+        WHEN NOT EXISTS (SELECT FROM pg_foreign_server AS s WHERE s.srvname = 'ehub_service') THEN NULL
+        WHEN NOT EXISTS (
+            SELECT FROM pg_user_mappings AS m
+            WHERE m.srvname = 'ehub_service' AND m.umuser = ehub.owner()
+        ) THEN format('role %s, which owns ehub, has not the secret of the index service', ehub.owner())
+        WHEN NOT coalesce(
+            has_schema_privilege(ehub.owner(), to_regnamespace('ehub_dblink'), 'USAGE'), false
+        ) THEN format('role %s, which owns ehub, may not use schema ehub_dblink', ehub.owner())
+        WHEN NOT has_server_privilege(ehub.owner(), 'ehub_service', 'USAGE')
+            THEN format('role %s, which owns ehub, may not use server ehub_service', ehub.owner())
+    END;
 END $$;
 
 -- Forget the service and what install_service made: searches in SQL are exact from then on. What a
@@ -174,6 +211,9 @@ BEGIN
             RETURN 'this server has no extension dblink';
         END IF;
         RETURN 'no index service is installed';
+    ELSIF ehub.service_problem() IS NOT NULL THEN
+        RETURN 'the index service cannot be asked: ' || ehub.service_problem()
+            || '; `ehub doctor --mend` puts that right';
     ELSIF (ehub.incarnation()).token IS NULL THEN
         RETURN 'the index service has not come since the database was started';
     END IF;

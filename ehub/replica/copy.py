@@ -211,6 +211,12 @@ class Copy:
         self._doubted_at = 0.0
 
     @property
+    def _name(self) -> str:
+        """What it goes by in the log."""
+        entry = self.entry
+        return entry.address if entry.name is None else f"{entry.address}, index {entry.name}"
+
+    @property
     def _lease(self) -> str:
         return _SAVED_LEASE if self.owner else _MEMORY_LEASE
 
@@ -236,11 +242,16 @@ class Copy:
     def _lags(self, keys: int) -> None:
         """Remember how many keys it lacks, 0 where it equals a snapshot."""
         now = time.time()
+        was_behind = self.behind
         if not keys:
             self.lags_since, self.caught_up_at = None, now
         elif self.lags_since is None:
             self.lags_since = now
         self.lag = keys
+        if self.behind and not was_behind:
+            _log.warning("%s: %d rows behind; searches of the present are exact", self._name, keys)
+        elif was_behind and not self.behind:
+            _log.warning("%s: has caught up", self._name)
 
     def ask(self, text: str) -> None:
         """Remember that a search has a filter, which the index may come to know. Of any thread."""
@@ -708,6 +719,8 @@ class Copy:
         entry = self.entry
         if self.index is None:
             self.state = State.BUILDING
+        started = time.monotonic()
+        _log.info("%s: building its index", self._name)
         with Spool(self.store.folder, entry.dims) as spool:
             watermark, state = self._stream(spool.write)
             self.done, self.total = 0, spool.rows
@@ -721,6 +734,8 @@ class Copy:
                 index = build_index(keys, vectors, *parameters)
             else:
                 index = build_partitioned(keys, vectors, partitions, *parameters)
+        seconds = time.monotonic() - started
+        _log.info("%s: its index of %d rows is built, in %.1f s", self._name, len(index), seconds)
         self.fresh = Fresh(index, watermark, state)
 
     def _progressed(self, rows: int) -> None:

@@ -89,8 +89,8 @@ class Service:
                 stack.callback(self._pages.close)
             stack.callback(self._replica.close)
             # An error of the first connection is told at once; later ones are waited out.
-            with contextlib.closing(self._feel()):
-                pass
+            with contextlib.closing(self._feel()) as connection:
+                self._warn_of_others(connection)
             self._pulse = threading.Thread(target=self._beat, name="ehub-pulse", daemon=True)
             self._pulse.start()
             self._replica.follow_all()
@@ -200,6 +200,17 @@ class Service:
             connection.close()
             raise
         return connection
+
+    def _warn_of_others(self, connection: Connection) -> None:
+        row = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity AS a WHERE a.application_name = 'ehub pulse'"
+            " AND a.datname = current_database() AND a.pid <> pg_backend_pid()"
+        ).fetchone()
+        if row is not None and row[0]:
+            _log.warning(
+                "another index service follows this database; Postgres asks the one that"
+                " `ehub install-service` named last"
+            )
 
     def _look_around(self, connection: Connection) -> None:
         """Read what Postgres has counted, and whether its functions are those of this release."""

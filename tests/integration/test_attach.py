@@ -277,8 +277,14 @@ def test_an_owner_of_ehub_that_is_no_superuser(admin, server, tmp_path):
                     assert near == []
                     db.execute("ALTER TABLE shut.t DISABLE ROW LEVEL SECURITY")
                     db.execute(f"REVOKE SELECT ON shut.t FROM {name}")
-                    with pytest.raises(ehub.NotFoundError):
+                    with pytest.raises(ehub.AccessDeniedError, match="permission denied"):
                         space.nearest_neighbors(3, vector=[7, 0, 1], consistency="strong")
+                    # It stays listed, as what it is.
+                    problem = f"role {name} may not read shut.t: GRANT SELECT ON shut.t TO {name}"
+                    (row,) = [row for row in hub.status() if row["space"] == "t"]
+                    assert (row["rows"], row["last_error"]) == (None, problem)
+                    assert row["in_sql"] == f"exact: {problem}"
+                    assert [(f.subject, f.problem) for f in hub.doctor()] == [("space t", problem)]
                 db.execute("SELECT ehub.detach('t')")
             finally:
                 db.execute(f"RESET ROLE; DROP OWNED BY {who} CASCADE; DROP ROLE {who}")
