@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
+# Each worker has an embedded server of its own; one that all share is crashed by some tests.
+PARALLEL = $(if $(EHUB_TEST_DATABASE_URL),,-n auto --maxprocesses 4 --dist worksteal)
 
 .PHONY: demo test lint types check bench soak setup clean
 
@@ -17,7 +19,7 @@ demo: setup  ## load real embeddings and search them, from Python and from SQL
 	$(BIN)/ehub demo
 
 test: setup  ## the tests, on the embedded Postgres or on EHUB_TEST_DATABASE_URL
-	$(BIN)/pytest $(TESTS)
+	$(BIN)/pytest $(PARALLEL) $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -37,6 +39,7 @@ bench: setup  ## beside raw hnswlib, and beside pgvector's HNSW with EHUB_TEST_D
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_access.py $(FILE))
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_filters.py $(FILE))
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_attach.py $(FILE))
+	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_writers.py)
 
 soak: setup  ## writers and searchers beside a service that is restarted; EHUB_TEST_DATABASE_URL
 	$(BIN)/python tests/bench/soak.py --minutes $(or $(MINUTES),20)

@@ -451,7 +451,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
     SELECT s.name, v.id, (
         SELECT t.tgrelid FROM pg_trigger AS t
         WHERE t.tgfoid = p.oid AND t.tgparentid = 0 ORDER BY t.oid LIMIT 1
-    ), substring(p.prosrc FROM ' AS n WHERE n[.](.*) IS NOT NULL LIMIT 10001')
+    ), substring(p.prosrc FROM ' AS n WHERE n[.](.*?) IS NOT NULL LIMIT 10001')
     FROM ehub.version AS v JOIN ehub.space AS s ON s.id = v.space_id
     JOIN pg_proc AS p ON p.oid = to_regproc('ehub_data.log_v' || v.id)
     WHERE NOT EXISTS (SELECT FROM ehub.attachment AS a WHERE a.version_id = v.id)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +86,89 @@ def test_metrics_for_who_has_the_token(serve, tmp_path):
     )
     with urllib.request.urlopen(right, timeout=5) as answer:
         assert b"ehub_index_rows" in answer.read()
+
+
+MONITORING = Path(__file__).parents[2] / "monitoring"
+
+
+def with_token(pages, path):
+    asked = urllib.request.Request(pages + path, headers={"Authorization": "Bearer open sesame"})
+    try:
+        with urllib.request.urlopen(asked, timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def test_one_broken_space_takes_the_service_from_nobody(serve, url, db, tmp_path):
+    db.execute(
+        "CREATE TABLE t (id int PRIMARY KEY, e vector(2)); INSERT INTO t VALUES (1, '[1,2]')"
+    )
+    db.execute("SELECT ehub.create_space('s', 2), ehub.attach('t', 'e')")
+    db.execute("ALTER TABLE t DROP CONSTRAINT t_pkey")
+    (tmp_path / "token").write_text("open sesame")
+    _process, pages = serve("--metrics-token", str(tmp_path / "token"))
+    state = json.loads(page(pages, "/ready"))
+    assert state["ready"] is True
+    assert state["schema"] == "fits"
+    assert [(i["ready"], i.get("error")) for i in state["indexes"]] == [
+        (True, None),
+        (False, "see the service's log"),
+    ]
+    assert "space" not in state["indexes"][0]
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        page(pages, "/ready?space=t")
+    assert with_token(pages, "/ready?space=s")[0] == 200
+    assert with_token(pages, "/ready?space=nosuch")[0] == 503
+    code, text = with_token(pages, "/ready?space=t")
+    assert code == 503
+    (broken,) = json.loads(text)["indexes"]
+    assert (broken["space"], broken["state"]) == ("t", "failed")
+    assert "has no primary key of one column any more" in broken["error"]
+    number = broken["index"]
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        page(pages, f"/ready?index={number}")
+    # What goes wrong with one is told by its own numbers.
+    metrics = with_token(pages, "/metrics")[1]
+    for name, value in (("ready", 0), ("failed_timestamp_seconds", None), ("lag_rows", 0)):
+        label = f'index="{number}",name="",space="t",version="v1"'
+        (line,) = [
+            one for one in metrics.splitlines() if one.startswith(f"ehub_index_{name}{{{label}}}")
+        ]
+        assert value is None or float(line.split()[-1]) == value
+    assert 'ehub_build_info{schema="fits",version="' in metrics
+
+
+def test_the_alerts_and_the_dashboard_are_about_what_is_measured(serve, url, tmp_path):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed: it comes with Debian's package prometheus")
+    with ehub.connect(url, data_dir=tmp_path / "data", index="none") as hub:
+        hub.create_space("s", 2).multiset({"a": [1, 2], "b": [2, 1]})
+    (tmp_path / "token").write_text("open sesame")
+    _process, pages = serve("--metrics-token", str(tmp_path / "token"))
+    metrics = with_token(pages, "/metrics")[1]
+    checked = subprocess.run(
+        [promtool, "check", "metrics"], input=metrics, capture_output=True, text=True, check=False
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+    alerts = MONITORING / "alerts.yml"
+    subprocess.run([promtool, "check", "rules", alerts], check=True, capture_output=True)
+    known = {line.split()[2] for line in metrics.splitlines() if line.startswith("# TYPE")}
+    dashboard = json.loads((MONITORING / "grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    for text in (*asked, alerts.read_text()):
+        for name in re.findall(r"\b(?:ehub|process)_[a-z_]+\b", text):
+            assert name.removesuffix("_bucket") in known, name
+
+
+def test_a_schema_of_another_release_is_told(serve, db):
+    db.execute("UPDATE ehub.setting SET value = 'another' WHERE name = 'sql_digest'")
+    process, pages = serve()
+    assert json.loads(page(pages, "/health"))["schema"] == "differs"
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert log.count("schema ehub is of another release than this service") == 1
 
 
 def test_interrupted_by_hand_it_leaves_in_order_too(serve):
