@@ -19,6 +19,7 @@ from ehub.errors import (
     ConfigurationError,
     DatabaseError,
     InvalidValueError,
+    NotFoundError,
     ServiceError,
     UnavailableError,
     WaitTimeoutError,
@@ -215,7 +216,7 @@ class Searchable(Rows):
                 if answer is not None:
                     return answer
         elif among.filter is not None and among.partition is None and among.sub_index is None:
-            nearest = self._matching_near(address, query, count, metadata, among, left_out)
+            nearest = self._matching_near(address, query, count, metadata, strong, among, left_out)
             if nearest is not None:
                 return nearest
         return self._by_postgres(address, query, count, metadata, among, left_out)
@@ -441,6 +442,7 @@ class Searchable(Rows):
         query: Vector,
         k: int,
         metadata: bool,
+        strong: bool,
         among: _Among,
         left_out: list[str],
     ) -> list[Neighbor] | None:
@@ -448,7 +450,7 @@ class Searchable(Rows):
 
         For a filter that the index does not know: Postgres says which of some near rows match.
         """
-        answering = self._index_for_queries(False, _ALL, address)
+        answering = self._index_for_queries(strong, _ALL, address)
         if answering is None or isinstance(answering.index, PartitionedIndex):
             return None
         found = answering.search(query[None], rows_near(k))
@@ -614,7 +616,7 @@ class Searchable(Rows):
                 return dict(connection.execute(statement, parameters).fetchall())
         except (UnavailableError, AccessDeniedError):
             raise
-        except DatabaseError:
+        except (DatabaseError, NotFoundError):
             if answering.entry.attached:
                 # Somebody has altered the table, and the replica does not know it yet.
                 return None

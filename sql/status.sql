@@ -1,7 +1,6 @@
 -- How everything is.
 
--- NULL where they cannot be counted: the table of an attached space is not any more what it was attached
--- as, or the caller may not read it.
+-- NULL where the table of an attached space is not any more what it was attached as.
 CREATE OR REPLACE FUNCTION ehub.count_rows(version_id bigint) RETURNS bigint
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -23,6 +22,13 @@ BEGIN
         END IF;
     END IF;
     RETURN n;
+END $$;
+
+-- The same for who looks at many versions: NULL also where the caller may not read the rows of one.
+CREATE OR REPLACE FUNCTION ehub.rows_shown(version_id bigint) RETURNS bigint
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN ehub.count_rows(version_id);
 EXCEPTION WHEN insufficient_privilege OR undefined_table OR undefined_column THEN
     RETURN NULL;
 END $$;
@@ -75,7 +81,7 @@ SELECT
     c.version,
     c.dims,
     c.metric,
-    ehub.count_rows(c.version_id) AS rows,
+    ehub.rows_shown(c.version_id) AS rows,
     c.target_recall,
     r.state AS index_state,
     r.place,

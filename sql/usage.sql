@@ -27,7 +27,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'require_attachable', 'require_checkpoint', 'require_exact_is_allowed',
         'require_keys', 'require_name', 'require_own', 'require_partition',
         'require_partition_field', 'require_query', 'require_read_committed',
-        'require_scalar', 'require_shape', 'require_space', 'require_usable', 'rows_at',
+        'require_scalar', 'require_shape', 'require_space', 'require_usable', 'rows_at', 'rows_shown',
         'rows_of', 'set', 'shared', 'space_of', 'stage', 'still_is', 'stop_writers', 'switch_triggers',
         'tree_of', 'trigger_kinds', 'unlogged', 'users_of', 'uuid_keys', 'whole_setting', 'within', 'write_staged',
         -- With the owner's rights, for callers who see all rows of a version; of who calls.

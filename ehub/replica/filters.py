@@ -16,7 +16,7 @@ import numpy as np
 
 from ehub.database import Connection
 from ehub.index import HnswIndex
-from ehub.replica.log import Entry, filter_conditions, stream_rows, take_snapshot
+from ehub.replica.log import Behind, Entry, filter_conditions, stream_rows, take_snapshot
 from ehub.types import Matrix
 from ehub.watermark import Watermark
 
@@ -124,6 +124,8 @@ def read_selected(
     rows: dict[str, tuple[list[str], Matrix | None]] = {}
     room = _room(index)
     for text, needed in due.items():
+        if text not in conditions:
+            raise Behind("its space is gone, or not to be read any more")
         keys: list[str] = []
         parts = [np.empty((0, entry.dims), np.float32)]
         left = room

@@ -134,6 +134,7 @@ FUNCTIONS = {
     "count_exact": (ANYBODY, "ehub.count_exact('too few of them')"),
     "exact_answers": (ANYBODY, "ehub.exact_answers()"),
     "exact_because": (ANYBODY, "ehub.exact_because(NULL, 'ready')"),
+    "rows_shown": (SILENT, "ehub.rows_shown(1)"),
     "users_of": (ANYBODY, "ehub.users_of('spaces.s')"),
     "own_token": (ANYBODY, "ehub.own_token(1)"),
     "drop_attached_triggers": ("owner", "ehub.drop_attached_triggers(1, 'ehub_data.v1', '1 h')"),

@@ -17,6 +17,13 @@ import ehub
 
 ROWS = {f"k{i}": v for i, v in enumerate(np.random.default_rng(0).standard_normal((400, 8)))}
 
+# How many replicas of the server sleep until the bell rings.
+SLEEPS = """
+    SELECT count(*) FROM pg_locks
+    WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
 
 @pytest.fixture
 def space(hub):
@@ -88,6 +95,35 @@ def test_strong_reads_see_what_anybody_committed_before(space, db):
         assert found == [("theirs", 0.0, None)]
 
 
+def test_so_do_those_with_a_filter_that_the_index_does_not_know(space, db):
+    stop = threading.Event()
+
+    def work():
+        # So that whoever follows the database is late.
+        while not stop.is_set():
+            sum(range(1000))
+
+    db.execute("SET ehub.doorbell = off")
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for i in range(20):
+            db.execute(
+                "INSERT INTO spaces.s VALUES ('theirs', %s, '{\"n\": 1}') ON CONFLICT (key)"
+                " DO UPDATE SET embedding = EXCLUDED.embedding",
+                [str([500.0 + i] * 8)],
+            )
+            found = space.nearest_neighbors(
+                1, vector=[500.0 + i] * 8, filter={"n": {"<": 2 + i}}, consistency="strong"
+            )
+            assert found == [("theirs", 0.0, None)]
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
 def test_a_transaction_shows_all_at_once_and_only_when_it_commits(space, url):
     """Two rows that always move together are never seen apart, and never uncommitted."""
     stop = threading.Event()
@@ -125,10 +161,7 @@ def test_the_bell_is_rung_for_sleepers_only(space, db, url):
         def write(i):
             db.execute("UPDATE spaces.s SET embedding = %s WHERE key = 'k0'", [str([i] * 8)])
 
-        sleeps = (
-            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ExclusiveLock'"
-        )
-        until(lambda: db.execute(sleeps).fetchone() == (1,))
+        until(lambda: db.execute(SLEEPS).fetchone() == (1,))
         write(1)
         assert [n.payload for n in ear.notifies(timeout=1, stop_after=1)] == [""]
         # Awake: hundreds of writes ring a few times at most, as it dozes off in between.
@@ -137,7 +170,7 @@ def test_the_bell_is_rung_for_sleepers_only(space, db, url):
         assert len(list(ear.notifies(timeout=0.2))) < 60
         until(lambda: space.nearest_neighbors(1, vector=[299] * 8)[0].distance == 0)
         db.execute("SET ehub.doorbell = off")
-        until(lambda: db.execute(sleeps).fetchone() == (1,))
+        until(lambda: db.execute(SLEEPS).fetchone() == (1,))
         list(ear.notifies(timeout=0.1))
         write(0)
         assert list(ear.notifies(timeout=0.2)) == []
