@@ -74,8 +74,12 @@ def test_its_commands_and_rights(owned, server, tmp_path):
     subprocess.run(remove.split(), check=True, env=environment, capture_output=True)
     with psycopg.connect(owned, autocommit=True) as db:
         assert db.execute("SELECT key FROM ehub.nearest('s', '[1,1]', 1)").fetchall() == [("a",)]
-        drop = re.search(r"`(DROP SCHEMA.*?)`", SECTION, re.S)[1]
-        db.execute(drop)
+        undo = re.search(r"`(ehub uninstall --dry-run)` prints", SECTION)[1]
+        subprocess.run(undo.split(), check=True, env=environment, capture_output=True)
+        assert "`ehub uninstall` does it" in SECTION
+        subprocess.run(
+            ["ehub", "uninstall", "--yes"], check=True, env=environment, capture_output=True
+        )
         left = db.execute(
             "SELECT nspname FROM pg_namespace WHERE nspname ~ 'ehub|spaces'"
         ).fetchall()
