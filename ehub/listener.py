@@ -57,13 +57,18 @@ class Listener:
         """Whether the next change rings."""
         return self._asleep
 
+    @property
+    def rung_lately(self) -> bool:
+        """Whether the bell rang so short ago that it would not ring for another change."""
+        return time.monotonic() - self._rung_at <= _AWAKE_SECONDS
+
     def fall_asleep(self, worker: Connection) -> bool:
         """Ask to be rung for the next change; read the log once more before waiting.
 
         False if the bell rang a moment ago, a writer is in the middle of something, or another
         replica sleeps in this one's stead: then wait a little while only.
         """
-        if not self._asleep and time.monotonic() - self._rung_at > _AWAKE_SECONDS:
+        if not self._asleep and not self.rung_lately:
             row = worker.execute("SELECT pg_try_advisory_lock(%s, %s)", _SLEEPER).fetchone()
             self._asleep = row == (True,)
         return self._asleep
