@@ -65,10 +65,10 @@ class Listener:
     def fall_asleep(self, worker: Connection) -> bool:
         """Ask to be rung for the next change; read the log once more before waiting.
 
-        False if the bell rang a moment ago, a writer is in the middle of something, or another
-        replica sleeps in this one's stead: then wait a little while only.
+        False if a writer is in the middle of something, or another replica sleeps in this one's
+        stead: then wait a little while only. Not while :attr:`rung_lately`.
         """
-        if not self._asleep and not self.rung_lately:
+        if not self._asleep:
             row = worker.execute("SELECT pg_try_advisory_lock(%s, %s)", _SLEEPER).fetchone()
             self._asleep = row == (True,)
         return self._asleep

@@ -31,17 +31,17 @@ _log = logging.getLogger(__name__)
 _MINIMUM_POSTGRES = 15
 _MINIMUM_PGVECTOR = (0, 7)
 _COMMENT = "ehub, the embedding database: what it knows of spaces, and its functions"
-
-
 # Whoever comes after a migration that waits for a lock waits behind it.
 _LOCK_TIMEOUT = "50ms"
 _PAUSE_SECONDS = 0.2
 _TELL_SECONDS = 5.0
 # What is made anew where it differs; the rest of the files is run every time.
 _DEFINITION = re.compile(r"CREATE OR REPLACE (FUNCTION|VIEW) ehub\.(\w+)")
+# Not ehub.users_of, which the database may not have yet.
 _USERS = """
     SELECT concat_ws(
-        ', ', format('process %s of role %I', l.pid, a.usename), nullif(a.application_name, ''),
+        ', ', 'process ' || l.pid || coalesce(' of role ' || quote_ident(a.usename), ''),
+        nullif(a.application_name, ''),
         a.state || coalesce(format(
             ' for %s s', round(extract(epoch FROM clock_timestamp() - a.state_change))
         ), '')
@@ -57,8 +57,6 @@ _USERS = """
     GROUP BY l.pid, a.usename, a.application_name, a.state, a.state_change
     ORDER BY a.state_change LIMIT 5
 """
-
-
 _VIEWS_OF_OTHERS = """
     WITH ours AS (
         SELECT oid FROM pg_namespace WHERE nspname IN ('ehub', 'ehub_data', 'spaces')
@@ -126,7 +124,7 @@ def _users(database: Database) -> str:
     """Say who uses something of ehub's just now."""
     with database.connect() as connection:
         rows = connection.execute(_USERS).fetchall()
-    return "; ".join(row[0] or "a prepared transaction" for row in rows) or "others, now and then"
+    return "; ".join(user for (user,) in rows) or "others, now and then"
 
 
 def _tend_triggers(database: Database) -> None:
@@ -230,12 +228,16 @@ def _migrate(connection: sqlalchemy.Connection) -> bool:
     except alembic.util.CommandError as error:
         raise SchemaError(f"the ehub schema is of another release: {error}") from error
     definitions.make()
-    driver.execute(
-        "INSERT INTO ehub.setting VALUES ('sql_digest', %s)"
-        " ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value",
-        [digest],
-    )
+    _remember(driver, "sql_digest", digest)
     return True
+
+
+def _remember(driver: Connection, name: str, value: str) -> None:
+    driver.execute(
+        "INSERT INTO ehub.setting VALUES (%s, %s)"
+        " ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value",
+        [name, value],
+    )
 
 
 class _Definitions:
@@ -297,11 +299,7 @@ class _Definitions:
                 self._run([text])
         self._run(self._views)
         self._run(self._last)
-        self._driver.execute(
-            "INSERT INTO ehub.setting VALUES ('sql_statements', %s)"
-            " ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value",
-            [" ".join(self._digests)],
-        )
+        _remember(self._driver, "sql_statements", " ".join(self._digests))
 
     def _run(self, statements: list[str]) -> None:
         for text in statements:

@@ -125,8 +125,8 @@ BEGIN
     FROM ehub.lost_attachments() AS l;
 
     RETURN QUERY
-    SELECT 'server ehub_service', ehub.service_problem(), 'make a new secret, for the owner'
-    WHERE ehub.service_problem() IS NOT NULL;
+    SELECT 'server ehub_service', p.problem, 'make a new secret, for the owner'
+    FROM ehub.service_problem() AS p (problem) WHERE p.problem IS NOT NULL;
 
     RETURN QUERY
     SELECT 'ehub_data.v' || v.id, ehub.wrong_triggers(v.id), 'put them right'

@@ -202,6 +202,7 @@ $$;
 CREATE OR REPLACE FUNCTION ehub.service_missing() RETURNS text
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
+    problem text;
     alive boolean;
 BEGIN
     IF pg_is_in_recovery() THEN
@@ -211,9 +212,10 @@ BEGIN
             RETURN 'this server has no extension dblink';
         END IF;
         RETURN 'no index service is installed';
-    ELSIF ehub.service_problem() IS NOT NULL THEN
-        RETURN 'the index service cannot be asked: ' || ehub.service_problem()
-            || '; `ehub doctor --mend` puts that right';
+    END IF;
+    problem := ehub.service_problem();
+    IF problem IS NOT NULL THEN
+        RETURN 'the index service cannot be asked: ' || problem || '; `ehub doctor --mend` puts that right';
     ELSIF (ehub.incarnation()).token IS NULL THEN
         RETURN 'the index service has not come since the database was started';
     END IF;

@@ -14,13 +14,14 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'column_condition', 'condition', 'conditions', 'count_rows', 'delete', 'detach',
         'diff', 'diff_keys', 'distance', 'distance_operator', 'distances',
         'drop_attached_triggers', 'drop_partition',
-        'element_implies', 'estimated_rows', 'example_query', 'explain_nearest',
+        'element_implies', 'estimated_rows', 'exact_answers', 'exact_because', 'example_query',
+        'explain_nearest',
         'field_path', 'field_steps', 'field_value', 'filter_condition', 'filter_fields',
         'filter_of_field', 'filter_of_index', 'filter_parts', 'filter_path', 'filter_text',
         'filter_with_index', 'get', 'has_distances', 'has_filter', 'has_keys', 'hides_rows',
         'hear_of_revocations', 'holder', 'implies', 'in_turns', 'index_missing', 'indexes_for', 'joined',
         'keys_left_out', 'kept_metadata', 'known_rows', 'mark_of', 'mean_of_examples', 'merge_staged', 'nearest',
-        'nearest_at', 'exact_answers', 'exact_because', 'nearest_exact', 'nearest_exact_to', 'nearest_like', 'nearest_many',
+        'nearest_at', 'nearest_exact', 'nearest_exact_to', 'nearest_like', 'nearest_many',
         'nearest_of_batch', 'nearest_to', 'object_of', 'overlap', 'overlap_of_queries',
         'own_problem', 'own_token', 'owner', 'partitions', 'reattach', 'refuse_average', 'refuse_filter', 'refuse_key',
         'refuse_partition', 'refuse_row', 'refuse_space', 'relation_at', 'relation_of_diff',
@@ -32,7 +33,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'tree_of', 'trigger_kinds', 'unlogged', 'users_of', 'uuid_keys', 'whole_setting', 'within', 'write_staged',
         -- With the owner's rights, for callers who see all rows of a version; of who calls.
         'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_current', 'hold_log',
-        'count_exact', 'images', 'lag',
+        'images', 'lag',
         'me', 'sees_all', 'this_statement',
         -- For replicas: to such callers, or to whoever knows what it was given before.
         'acknowledge', 'acknowledged', 'forget_replica', 'identity', 'is_granted', 'is_recognised', 'release_log', 'report',
@@ -45,7 +46,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         -- For the owner and its members.
         'grant_create', 'grant_default', 'revoke_create', 'revoke_default',
         -- With the owner's rights, and nothing to tell that is not for everybody.
-        'service_missing'
+        'count_exact', 'service_missing'
     ]::name[]
 $$;
 

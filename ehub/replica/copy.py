@@ -516,13 +516,14 @@ class Copy:
         if watermark is None or self.acknowledged is None:
             return
         age = now - self.reported_at
+        # What a service has saved answers nobody after its end.
+        state = "stopped" if self._shared.stopping and self._shared.title else self.health()
         # A new state is told at once, numbers now and then, and a sign of life before the lease
         # ends.
-        if self.reported[:1] == [self.health()] and age < _REPORT_SECONDS:
+        if self.reported[:1] == [state] and age < _REPORT_SECONDS:
             return
         values: list[object] = [
-            # What a service has saved answers nobody after its end.
-            "stopped" if self._shared.stopping and self._shared.title else self.health(),
+            state,
             len(index) if index else 0,
             index.tombstones if index else 0,
             index.calibration.ef if index else None,

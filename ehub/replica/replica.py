@@ -35,8 +35,8 @@ _log = logging.getLogger(__name__)
 _POLL_SECONDS = 5.0
 # After changes were found, a moment for more of them: a busy log is read in larger portions.
 _BUSY_SECONDS = 0.005
-# After the bell rang, which is silent for a while then.
-_AWAKE_SECONDS = 0.02
+# While the bell is silent because it rang a moment ago.
+_SILENT_SECONDS = 0.02
 # Not asleep, because a writer is under way or another replica is to be rung.
 _RESTLESS_SECONDS = (0.005, 0.25)
 # Its own: what a program draws from the module's own numbers stays as it was seeded.
@@ -370,7 +370,7 @@ class Replica:
                     self._rest(worker, _POLL_SECONDS)
                 elif self._listener.rung_lately:
                     # Nobody will say so if something follows.
-                    self._rest(worker, _AWAKE_SECONDS)
+                    self._rest(worker, _SILENT_SECONDS)
                     restless = _RESTLESS_SECONDS[0]
                 elif not self._listener.fall_asleep(worker):
                     self._rest(worker, restless)

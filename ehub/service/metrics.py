@@ -36,7 +36,7 @@ _BUCKETS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 
 _NAN = float("nan")
 
 
-class Metrics:
+class Metrics(Collector):
     """Counts answers, and reads the state of the indexes when it is asked.
 
     Args:
@@ -56,50 +56,34 @@ class Metrics:
         *,
         named: bool,
     ) -> None:
+        self._replica, self._connections = replica, connections
+        self._exact, self._build, self._named = exact, build, named
+        self._durations = [0] * (len(_BUCKETS) + 1)
+        self._seconds = 0.0
+        self._refused: Counter[str] = Counter()
+        # How many queries candidates were asked for.
+        self.queries = 0
         self.registry = CollectorRegistry()
-        self._state = _State(replica, connections, exact, build, named)
-        self.registry.register(self._state)
+        self.registry.register(self)
         ProcessCollector(registry=self.registry)
 
     @property
     def answers(self) -> int:
         """How many answers were given, a batch being one."""
-        return sum(self._state.durations)
-
-    @property
-    def queries(self) -> int:
-        """How many queries candidates were asked for."""
-        return self._state.queries
+        return sum(self._durations)
 
     def answered(self, queries: int, seconds: float, reason: str | None) -> None:
         """Count an answer, which has a ``reason`` if it has no candidates."""
         # In every search's way, so nothing but sums; a lost addition in a million would not matter.
-        state = self._state
-        state.durations[bisect.bisect_left(_BUCKETS, seconds)] += 1
-        state.seconds += seconds
-        state.queries += queries
+        self._durations[bisect.bisect_left(_BUCKETS, seconds)] += 1
+        self._seconds += seconds
+        self.queries += queries
         if reason is not None:
-            state.refused[reason] += 1
-
-
-class _State(Collector):
-    def __init__(
-        self,
-        replica: Replica,
-        connections: Callable[[], int],
-        exact: Callable[[], Mapping[str, int]],
-        build: Callable[[], Mapping[str, str]],
-        named: bool,
-    ) -> None:
-        self._replica, self._connections = replica, connections
-        self._exact, self._build, self._named = exact, build, named
-        self.durations = [0] * (len(_BUCKETS) + 1)
-        self.seconds = 0.0
-        self.queries = 0
-        self.refused: Counter[str] = Counter()
+            self._refused[reason] += 1
 
     def collect(self) -> Iterator[Metric]:
-        build = dict(self._build())
+        """Yield what there is to tell, as the registry asks for it."""
+        build = self._build()
         info = GaugeMetricFamily("ehub_build_info", "What runs here.", labels=list(build))
         info.add_metric(list(build.values()), 1)
         yield info
@@ -112,7 +96,7 @@ class _State(Collector):
             "Answers without candidates: Postgres went exact.",
             labels=["reason"],
         )
-        for reason, number in list(self.refused.items()):
+        for reason, number in list(self._refused.items()):
             refused.add_metric([reason], number)
         yield refused
         exact = CounterMetricFamily(
@@ -131,14 +115,14 @@ class _State(Collector):
     def _histogram(self) -> Metric:
         buckets = []
         total = 0
-        for bound, number in zip((*map(str, _BUCKETS), "+Inf"), self.durations, strict=True):
+        for bound, number in zip((*map(str, _BUCKETS), "+Inf"), self._durations, strict=True):
             total += number
             buckets.append((bound, float(total)))
         return HistogramMetricFamily(
             "ehub_answer_duration_seconds",
             "Time that answers to Postgres took, a batch being one, without the road.",
             buckets=buckets,
-            sum_value=self.seconds,
+            sum_value=self._seconds,
         )
 
     def _indexes(self) -> Iterator[Metric]:

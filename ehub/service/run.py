@@ -66,13 +66,16 @@ class Service:
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._replica = Replica(database, f"service at {listen}", self._long_work)
         self._exact: dict[str, int] = {}
+        # Of what runs here, whatever is installed beneath it later.
+        self._release = SCHEMA_REVISION, resources.sql_digest()
+        release = version("ehub")
         self._schema = "unknown"
         self._pulse_error: str | None = None
         self.metrics = Metrics(
             self._replica,
             lambda: self._door.connections,
             lambda: self._exact,
-            lambda: {"version": version("ehub"), "schema": self._schema},
+            lambda: {"version": release, "schema": self._schema},
             named=token is not None,
         )
         with contextlib.ExitStack() as stack:
@@ -217,8 +220,7 @@ class Service:
         self._exact = dict(
             connection.execute("SELECT reason, answers FROM ehub.exact_answers()").fetchall()
         )
-        there = installed(connection)
-        schema = "fits" if there == (SCHEMA_REVISION, resources.sql_digest()) else "differs"
+        schema = "fits" if installed(connection) == self._release else "differs"
         if schema != self._schema and schema == "differs":
             _log.warning(
                 "schema ehub is of another release than this service: run `ehub migrate` with this"

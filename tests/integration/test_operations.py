@@ -15,7 +15,7 @@ import ehub
 from ehub.cli import app
 from ehub.config import Target, resolve
 from ehub.database import Database
-from ehub.migrate import migrate
+from ehub.migrate import migrate, uninstall
 
 TABLE = (
     "CREATE TABLE t (id int PRIMARY KEY, e vector(2));"
@@ -104,25 +104,6 @@ def test_what_vacuums_a_table_keeps_nobody_else_waiting(db, url):
         assert len(waits) > 100
     assert db.execute("SELECT space FROM ehub.attached").fetchall() == [("t",)]
     db.execute("SELECT ehub.detach('t')")
-
-
-def test_a_prepared_transaction_is_named(db, url):
-    if db.execute("SHOW max_prepared_transactions").fetchone() == ("0",):
-        db.execute(TABLE)
-        assert db.execute("SELECT ehub.users_of('t')").fetchone() == (None,)
-        return
-    db.execute(TABLE)
-    with psycopg.connect(url) as other:
-        other.execute(
-            "SET ehub.doorbell = off; UPDATE t SET e = e; PREPARE TRANSACTION 'forgotten'"
-        )
-    try:
-        assert (
-            "prepared transaction 'forgotten'"
-            in db.execute("SELECT ehub.users_of('t')").fetchone()[0]
-        )
-    finally:
-        db.execute("ROLLBACK PREPARED 'forgotten'")
 
 
 # --- the bell
@@ -318,8 +299,6 @@ def test_uninstalling_leaves_the_tables_as_they_were(db, url, hub):
     ]
     db.execute("CREATE VIEW mine AS SELECT * FROM spaces.s")
     with contextlib.closing(Database(resolve(url))) as database:
-        from ehub.migrate import uninstall
-
         with pytest.raises(ehub.SchemaError, match="mine: made of ehub's relations"):
             uninstall(database)
     db.execute("DROP VIEW mine")

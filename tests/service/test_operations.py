@@ -8,7 +8,7 @@ import psycopg
 from psycopg import sql
 
 import ehub
-from service.conftest import settled
+from service.conftest import ServiceProcess, free_port, settled
 from service.test_faults import fill, right
 
 
@@ -95,8 +95,6 @@ def test_what_cannot_be_reached_is_told(url, db, data_dir, process):
 
 def test_a_second_service_is_told(url, db, data_dir, process, tmp_path):
     fill(url, data_dir)
-    from service.conftest import ServiceProcess, free_port
-
     (tmp_path / "second").mkdir()
     second = ServiceProcess(url, tmp_path / "second", free_port())
     try:
@@ -121,3 +119,15 @@ def test_a_service_waits_for_a_postgres_that_is_away(url, db, data_dir, process,
     settled(db)
     with ehub.connect(url, data_dir=data_dir, index="none") as hub:
         assert hub.get_space("s").nearest_neighbors(1, key="k1")
+
+
+def test_a_prepared_transaction_is_named(db, url):
+    """It has no process, and can stand in the way for ever. The embedded Postgres allows none."""
+    db.execute("CREATE TABLE t (id int PRIMARY KEY)")
+    with psycopg.connect(url) as other:
+        other.execute("LOCK TABLE t IN ROW EXCLUSIVE MODE; PREPARE TRANSACTION 'forgotten'")
+    try:
+        users = db.execute("SELECT ehub.users_of('public.t')").fetchone()[0]
+        assert users == "prepared transaction 'forgotten' (RowExclusiveLock)"
+    finally:
+        db.execute("ROLLBACK PREPARED 'forgotten'")
