@@ -576,8 +576,9 @@ LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp AS $$
     SELECT string_agg(concat(
         CASE
             WHEN h.pid IS NULL THEN format('prepared transaction %L', (
-                SELECT p.gid FROM pg_prepared_xacts AS p
-                WHERE p.transaction::text = split_part(h.transaction, '/', 2)
+                -- It holds a lock on its own id.
+                SELECT p.gid FROM pg_locks AS l JOIN pg_prepared_xacts AS p ON p.transaction = l.transactionid
+                WHERE l.pid IS NULL AND l.virtualtransaction = h.transaction
             ))
             WHEN a.usesysid IS NULL THEN format('%s %s', coalesce(a.backend_type, 'autovacuum'), h.pid)
             ELSE format('process %s of role %I', h.pid, a.usename)
