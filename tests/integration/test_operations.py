@@ -106,6 +106,39 @@ def test_what_vacuums_a_table_keeps_nobody_else_waiting(db, url):
     db.execute("SELECT ehub.detach('t')")
 
 
+def test_an_autovacuum_leaves_a_table_that_is_detached(tmp_path):
+    """A real one, on a server of its own: it would take minutes, and is told to leave."""
+    with contextlib.closing(Database(Target(None, tmp_path / "own"))) as database:
+        migrate(database)
+        with psycopg.connect(database.conninfo(), autocommit=True) as db:
+            db.execute("ALTER SYSTEM SET autovacuum_naptime = 1")
+            db.execute("SELECT pg_reload_conf()")
+            db.execute(
+                "CREATE TABLE t (id int PRIMARY KEY, e vector(3)) WITH (autovacuum_vacuum_threshold = 1,"
+                " autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 100,"
+                " autovacuum_vacuum_cost_limit = 1)"
+            )
+            db.execute("INSERT INTO t SELECT i, '[1,2,3]' FROM generate_series(1, 50000) AS i")
+            db.execute("SELECT ehub.attach('t', 'e')")
+            db.execute("UPDATE t SET e = '[3,2,1]'")
+            at_it = (
+                "SELECT FROM pg_locks AS l JOIN pg_stat_activity AS a ON a.pid = l.pid"
+                " WHERE l.relation = 't'::regclass AND a.backend_type = 'autovacuum worker'"
+            )
+            deadline = time.monotonic() + 60
+            while db.execute(at_it).fetchone() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            started = time.monotonic()
+            with beside(database.conninfo(), "UPDATE t SET e = e WHERE id = 1") as waits:
+                db.execute("SELECT ehub.detach('t')")
+            assert time.monotonic() - started < 10
+            assert max(waits) < 2
+            assert db.execute("SELECT FROM ehub.attached").fetchall() == []
+        log = (tmp_path / "own" / "postgres" / "log").read_text()
+        assert "canceling autovacuum task" in log
+
+
 # --- the bell
 
 
