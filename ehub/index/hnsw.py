@@ -22,6 +22,7 @@ from ehub.index.calibrate import Calibration
 from ehub.index.exact import brute_force, comparable, nearest_among, pgvector_distances
 from ehub.index.keys import write_keys
 from ehub.index.lock import ReadWriteLock
+from ehub.index.memory import huge_pages
 from ehub.index.selection import Selection
 from ehub.types import Matrix, Metric, Vector
 
@@ -31,6 +32,8 @@ THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 
 _ADD_BATCH = 64
 _BUILD_BATCH = 4096
 _EXACT_BATCH = 8192
+# To start threads takes longer than to search for so few.
+_FEW_QUERIES = 4
 _MEASURE_BATCH = 20
 _SLACK = 1.05
 _REBUILD_TOMBSTONES = 0.2
@@ -132,7 +135,8 @@ class HnswIndex:
         self.dims = dims
         self.metric: Metric = metric
         self._graph: _Graph = hnswlib.Index(_space(metric), dims)
-        self._graph.init_index(max(capacity, 64), M, ef_construction)
+        with huge_pages():
+            self._graph.init_index(max(capacity, 64), M, ef_construction)
         self._lock = ReadWriteLock()
         # The key of each label; "" where the row was deleted or replaced.
         self._keys: list[str] = []
@@ -340,6 +344,9 @@ class HnswIndex:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]] | None:
         """Return the labels of the nearest, and the graph's own distances; under the lock."""
         wanted = min(k, self._rows)
+        if wanted and not len(self._tail):
+            # Nothing has changed since it was built: the graph knows all.
+            return self._reach(queries, wanted, ef)
         recent, rows = self._tail.below(self._visible)
         if self._tail.base == 0:
             return nearest_among(queries, recent, rows, wanted, self.metric)
@@ -391,7 +398,7 @@ class HnswIndex:
         if not staged:
             # What was asked for only to widen the search goes first.
             found = found[0][:, :wanted], found[1][:, :wanted]
-        return found[0].astype(np.int64), found[1]
+        return found[0].view(np.int64), found[1]
 
     def exact(self, queries: Matrix, k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Find the nearest ``k`` of each query among all rows, by comparing all of them.
@@ -579,7 +586,8 @@ class HnswIndex:
         index = cls.__new__(cls)
         index.dims, index.metric = dims, metric
         index._graph = hnswlib.Index(_space(metric), dims)
-        index._graph.load_index(str(path), max_elements=_with_slack(len(keys)))
+        with huge_pages(filled=True):
+            index._graph.load_index(str(path), max_elements=_with_slack(len(keys)))
         index._lock = ReadWriteLock()
         index._keys = keys
         # A start that only searches does without the mapping.
@@ -640,7 +648,7 @@ class HnswIndex:
     ) -> tuple[NDArray[np.uint64], NDArray[np.float32]] | None:
         try:
             return self._graph.knn_query(
-                queries, k=k, num_threads=1 if len(queries) == 1 else THREADS
+                queries, k=k, num_threads=1 if len(queries) <= _FEW_QUERIES else THREADS
             )
         except RuntimeError:
             # Fewer than k could be reached.

@@ -58,7 +58,7 @@ class _Reading:
         lock = self._lock
         with lock._condition:
             lock._readers -= 1
-            if not lock._readers:
+            if lock._waiting and not lock._readers:
                 lock._condition.notify_all()
 
 

@@ -23,6 +23,10 @@ class Tail:
         self._vectors = np.empty((0, dims), np.float32)
         self._live = np.empty(0, np.bool_)
 
+    def __len__(self) -> int:
+        """Count the labels from the base on."""
+        return len(self._live)
+
     def extend(self, vectors: Matrix) -> None:
         """Add the vectors of the next labels; the oldest go where there are too many."""
         self._vectors = np.vstack([self._vectors, vectors])
