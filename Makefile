@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?= tests
 # Each worker has an embedded server of its own; one that all share is crashed by some tests.
-PARALLEL = $(if $(EHUB_TEST_DATABASE_URL),,-n auto --maxprocesses 4 --dist worksteal)
+PARALLEL = $(if $(EHUB_TEST_DATABASE_URL),,-n $(or $(WORKERS),auto) --maxprocesses 4 --dist worksteal)
 
-.PHONY: demo test lint types check bench soak setup clean
+.PHONY: demo test lint types check bench bench-road soak fuzz setup clean
 
 setup: .venv/installed
 
@@ -41,8 +41,14 @@ bench: setup  ## beside raw hnswlib, and beside pgvector's HNSW with EHUB_TEST_D
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_attach.py $(FILE))
 	$(if $(EHUB_TEST_DATABASE_URL),$(BIN)/python tests/bench/bench_writers.py)
 
+bench-road: setup  ## searches in SQL beside pgvector's HNSW, part by part; FILE=embeddings.npz, EHUB_TEST_DATABASE_URL
+	$(BIN)/python tests/bench/bench_road.py $(FILE)
+
 soak: setup  ## writers and searchers beside a service that is restarted; EHUB_TEST_DATABASE_URL
 	$(BIN)/python tests/bench/soak.py --minutes $(or $(MINUTES),20)
+
+fuzz: setup  ## a million damaged answers for extension ehub_link, under an address sanitizer
+	$(BIN)/python tests/faults/fuzz_link.py --answers $(or $(ANSWERS),1000000)
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist

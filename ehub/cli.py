@@ -26,7 +26,7 @@ from pythonjsonlogger.json import JsonFormatter
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import ehub
-from ehub import ask, attaching, config, demo, manage, parts, rights
+from ehub import ask, attaching, build_link, config, demo, manage, parts, rights
 from ehub.database import Database
 from ehub.files import FORMATS, EmbeddingFile, Record
 from ehub.hub import open_database
@@ -361,7 +361,6 @@ def serve(
     token = None if metrics_token is None else _read_token(metrics_token)
     door = config.Address.parse(listen, _PORT)
     page = None if pages == "none" else config.Address.parse(pages, _PAGES_PORT)
-    _use_huge_pages()
     again = supervise()
     watchdog = Watchdog()
     stopped = _wait_for_signals(signal.SIGTERM, signal.SIGINT)
@@ -389,7 +388,10 @@ def serve(
         with contextlib.closing(served) as service:
             where = database.target.describe()
             _log.info("listening on %s for %s", service.address, where)
-            if not service.installed:
+            if not service.installed and database.embedded is not None:
+                # Nobody else uses it.
+                service.install()
+            elif not service.installed:
                 _log.warning("the database does not know this service: run `ehub install-service`")
             notified = False
             while not stopped(0.1):
@@ -423,7 +425,7 @@ def install_service(
     ] = False,
     url: Url = None,
 ) -> None:
-    """Tell a database where its index service is; needs dblink, or the right to create it."""
+    """Tell a database where its index service is; needs extension ehub_link or dblink."""
     with contextlib.closing(open_database(url)) as database, database.connection() as connection:
         if rotate:
             connection.execute("SELECT ehub.set_service_secret()")
@@ -439,6 +441,23 @@ def install_service(
             [place.host, place.port, sslmode, sslrootcert, direct],
         )
         out.print(f"{database.target.describe()} asks the index service at {place}")
+
+
+@app.command("build-link")
+def build_link_(
+    pg_config: Annotated[
+        str, typer.Option(metavar="PATH", help="The program pg_config of the server.")
+    ] = "pg_config",
+) -> None:
+    """Build extension ehub_link for a Postgres on this machine, and install it there.
+
+    With it searches in SQL take the shortest way to the index service.
+    """
+    library = build_link.build(pg_config)
+    out.print(f"extension ehub_link is installed: {library}")
+    out.print(
+        "`ehub install-service`, or CREATE EXTENSION ehub_link as a superuser, makes use of it"
+    )
 
 
 def _wait_for_signals(*numbers: int) -> Callable[[float | None], bool]:
@@ -461,17 +480,6 @@ def _read_token(file: Path) -> str:
     if not token:
         raise ehub.ConfigurationError(f"{file} holds no token")
     return token
-
-
-def _use_huge_pages() -> None:
-    """Start over with large allocations in huge pages: searches are some 15 % faster for it.
-
-    A graph is read all over, and with small pages the processor looks for most of them anew. glibc
-    must be told before it allocates anything.
-    """
-    if sys.platform.startswith("linux") and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
 
 
 def _log_as(format: str) -> None:  # noqa: A002 - the word for it
@@ -512,11 +520,14 @@ def psql(context: typer.Context, url: Url = None) -> None:
     raise typer.Exit(done.returncode)
 
 
+_DEMO_STATEMENT = "SELECT key, metadata->>'summary' FROM ehub.nearest_to('stdlib', 'json', 4)"
+
+
 @app.command("demo")
 def show_demo(url: Url = None) -> None:
     """Load the documentation of Python's standard library and search it by meaning."""
     started = time.monotonic()
-    with ehub.connect(url) as hub:
+    with contextlib.closing(open_database(url)) as database, ehub.connect(url) as hub:
         out.print(f"[bold]1.[/] connected: {hub}".replace("<Hub: ", "").rstrip(">"))
         documents = list({document.name: document for document in demo.documents()}.values())
         embedder = demo.Embedder([f"{d.name} {d.name} {d.text}" for d in documents])
@@ -541,16 +552,15 @@ def show_demo(url: Url = None) -> None:
             for near in space.nearest_neighbors(3, vector=embedder.embed(text), metadata=True):
                 summary = (near.metadata or {})["summary"]
                 out.print(f"   {near.distance:.3f}  {near.key:<40.40}  {summary:.60}")
-        statement = (
-            "SELECT key, metadata->>'summary' FROM spaces.stdlib\n"
-            "   ORDER BY embedding <=> (SELECT embedding FROM spaces.stdlib WHERE key = 'json')\n"
-            "   LIMIT 4"
-        )
         out.print("\n[bold]5.[/] and from SQL, in any client:\n")
-        out.print(f"   {statement}", style="cyan", markup=False)
-        with psycopg.connect(hub.conninfo) as connection:
-            for name, summary in connection.execute(statement.encode()):
+        out.print(f"   {_DEMO_STATEMENT}", style="cyan", markup=False)
+        with _searched_by_a_service(database) as connection:
+            for name, summary in connection.execute(_DEMO_STATEMENT.encode()):
                 out.print(f"   {name:<40.40}  {summary:.60}", markup=False)
+            (how,) = connection.execute(
+                "SELECT in_sql FROM ehub.status WHERE space = 'stdlib' AND current LIMIT 1"
+            ).fetchone() or ("",)
+            out.print(f"   answered {how}", markup=False)
         out.print(
             f"\nDone in {time.monotonic() - started:.0f} s. Data: {config.resolve(url).data_dir}"
         )
@@ -563,6 +573,28 @@ def show_demo(url: Url = None) -> None:
         ("load FILE SPACE", "your own embeddings"),
     ):
         out.print(f"  {program} {command:<34} {what}", markup=False)
+
+
+@contextlib.contextmanager
+def _searched_by_a_service(database: Database) -> Iterator[psycopg.Connection]:
+    """Lend a connection, and run a service meanwhile if the embedded Postgres knows none."""
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(psycopg.connect(database.conninfo(), autocommit=True))
+        row = connection.execute(
+            "SELECT FROM pg_foreign_server WHERE srvname = 'ehub_service'"
+        ).fetchone()
+        if row is None and database.embedded is not None:
+            address = config.Address.parse("127.0.0.1:0", 0)
+            service = stack.enter_context(contextlib.closing(Service(database, address)))
+            try:
+                service.install()
+            except ehub.EhubError as error:
+                _log.warning("searches in SQL are exact: %s", error)
+            else:
+                stack.callback(connection.execute, "SELECT ehub.uninstall_service()")
+            while not service.complete():
+                time.sleep(0.05)
+        yield connection
 
 
 def _libpq_environment(conninfo: str) -> dict[str, str]:

@@ -24,6 +24,7 @@ from typing import IO, Any
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from ehub import build_link
 from ehub.errors import DependencyError, UnavailableError
 
 _log = logging.getLogger(__name__)
@@ -100,7 +101,9 @@ class EmbeddedPostgres:
                 return
             try:
                 self._pgdata.mkdir(exist_ok=True)
-                self._server().ensure_pgdata_inited()
+                server = self._server()
+                server.ensure_pgdata_inited()
+                build_link.build_once(server.bin_path / "pg_config")
             except (OSError, subprocess.SubprocessError) as error:
                 raise UnavailableError(f"{why_not}: {error}") from error
             while True:

@@ -1,4 +1,4 @@
-"""The SQL and the migrations: beside the package in the repository, inside it in a wheel."""
+"""SQL, migrations and the extension: beside the package in the repository, in it in a wheel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _OPAQUE = re.compile(r"""--[^\n]*|"[^"]*"|'(?:[^']|'')*'|(\$\w*\$).*?\1""", re.D
 
 
 def folder(name: str) -> Path:
-    """Return the folder ``sql`` or ``migrations``."""
+    """Return the folder ``sql``, ``migrations`` or ``extension``."""
     package = Path(__file__).parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / name

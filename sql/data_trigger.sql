@@ -174,23 +174,27 @@ BEGIN
     END LOOP;
 END $$;
 
--- What changes whenever rows of a data table may have come, gone or changed without being logged: a table
--- that was rewritten or made anew, log triggers that somebody switched off, if only for a moment. An
--- index that equals the table under one token must be compared under another. For attached tables, which
--- others may alter, see ehub.attached_token.
+-- The data tables of versions, for every search: whether row policies hide rows of one, and what changes
+-- whenever rows of it may have come, gone or changed without being logged: a table that was rewritten or
+-- made anew, log triggers that somebody switched off, if only for a moment. An index that equals the
+-- table under one token must be compared under another. For attached tables, which others may alter, see
+-- ehub.attached_token.
+CREATE OR REPLACE VIEW ehub.own_tables AS
+SELECT v.id AS version_id, c.oid AS relation, c.relrowsecurity AS has_policies, md5(concat_ws(
+    ' ', c.oid, c.relfilenode,
+    ARRAY(
+        SELECT concat(t.oid, ' ', t.tgenabled, ' ', t.xmin) FROM pg_trigger AS t
+        WHERE t.tgrelid = c.oid AND t.tgfoid = 'ehub.log_change'::regproc ORDER BY t.oid
+    )
+)) AS token
+FROM ehub.version AS v
+JOIN pg_class AS c ON c.relname = ('v' || v.id)::name AND c.relnamespace = 'ehub_data'::regnamespace;
+
+-- For everybody who asks for the indexes of a space; Postgres' catalogues show as much.
 CREATE OR REPLACE FUNCTION ehub.own_token(version_id bigint) RETURNS text
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    relation oid := to_regclass('ehub_data.v' || $1);
-BEGIN
-    RETURN md5(concat_ws(
-        ' ', relation, pg_relation_filenode(relation),
-        ARRAY(
-            SELECT concat(t.oid, ' ', t.tgenabled, ' ', t.xmin) FROM pg_trigger AS t
-            WHERE t.tgrelid = relation AND t.tgfoid = 'ehub.log_change'::regproc ORDER BY t.oid
-        )
-    ));
-END $$;
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT t.token FROM ehub.own_tables AS t WHERE t.version_id = $1
+$$;
 
 -- Why no index can follow the data table of a version; NULL if it can.
 CREATE OR REPLACE FUNCTION ehub.own_problem(version_id bigint) RETURNS text

@@ -29,8 +29,7 @@ BEGIN
         refused := 'ehub.mode is exact';
     ELSE
         proposed := ehub.candidates(
-            target.version_id, 1, k, encode(@vector@.vector_send(query), 'hex'), filter, partition,
-            index
+            ehub.address(target), ARRAY[query], k, filter, partition, index
         );
         refused := proposed.reason;
         plan := proposed.plan;

@@ -195,11 +195,11 @@ BEGIN
         RETURN false;
     END IF;
     SELECT * INTO attached FROM ehub.attachment AS a WHERE a.version_id = $1;
-    RETURN FOUND AND proposed_under <> format(
-        '%s %s/%s', version_id, (ehub.incarnation()).token, ehub.attached_token(
+    RETURN FOUND AND NOT starts_with(proposed_under || '/', format(
+        '%s %s/%s/', version_id, (ehub.incarnation()).token, ehub.attached_token(
             version_id, attached.relation, attached.column_name, attached.column_number
         )
-    );
+    ));
 END $$;
 
 -- Make the functions that check candidates of a version: each a statement that is planned once a
@@ -219,6 +219,15 @@ DECLARE
         WHEN target.relation IS NOT NULL
             THEN 'SET extra_float_digits = 1 SET datestyle = ''ISO, MDY'''
     END;
+    -- Whether the candidates decide, and nothing else: nobody has ended a transaction since the watermark,
+    -- this one has written nothing, and no row policy hides rows. Then the log need not be asked, nor who
+    -- may know it.
+    -- A format for the watermark.
+    unchanged text := format(
+        '%%s::text = pg_current_snapshot()::text AND pg_current_xact_id_if_assigned() IS NULL'
+        ' AND NOT row_security_active(%L::regclass)',
+        replace(coalesce(target.relation::text, format('ehub_data.%I', 'v' || version_id)), '%', '%%')
+    );
     -- Rows of an attached table that have changed may have no distance to anything now.
     usable text := CASE
         WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_distances(metric)
@@ -243,7 +252,8 @@ BEGIN
             END
             $body$,
             'check_v' || version_id, rows, ehub.distance_operator(metric), ehub.has_keys(target, format(
-                '(SELECT ehub.deciding_keys(%s, $3, $2, $4, $5))::text[]', version_id
+                '(SELECT CASE WHEN %s THEN $2 ELSE ehub.deciding_keys(%s, $3, $2, $4, $5) END)::text[]',
+                format(unchanged, '$3'), version_id
             )), usable
         )
     );
@@ -300,6 +310,18 @@ BEGIN
         'check_many_v' || version_id, pinned, format(
             $body$
             BEGIN
+                IF $5 <= $6 AND $7 IS NULL AND $8 IS NULL THEN
+                    RETURN QUERY
+                    SELECT c.owner, t.key, 0.0 + (t.embedding %3$s v.query), t.metadata
+                    FROM (SELECT DISTINCT u.owner, u.key FROM unnest($3, $2) AS u (owner, key)) AS c
+                    JOIN unnest($1) WITH ORDINALITY AS v (query, owner) ON v.owner = c.owner
+                    JOIN %2$s AS t ON t.key = c.key AND %9$s
+                    WHERE (SELECT %8$s) AND %7$s
+                    ORDER BY 1, 3, 2;
+                    IF FOUND THEN
+                        RETURN;
+                    END IF;
+                END IF;
                 RETURN QUERY
                 WITH delta AS MATERIALIZED (
                     SELECT ehub.deciding_keys(%4$s, $4, '{}', 1, 1) AS keys
@@ -340,7 +362,8 @@ BEGIN
             version_id, coalesce(partition_by, ''),
             CASE WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_keys(
                 target, '(SELECT array_agg(DISTINCT o.key) FROM pairs AS o)::text[]'
-            ) END, usable
+            ) END, usable, format(unchanged, '$4'),
+            CASE WHEN target.relation IS NULL THEN 'true' ELSE ehub.has_keys(target, '$2') END
         )
     );
 END $$;
@@ -378,16 +401,28 @@ CREATE OR REPLACE FUNCTION ehub.nearest(
 LANGUAGE plpgsql ROWS 10 SET search_path = pg_catalog, pg_temp AS $$
 #variable_conflict use_variable
 DECLARE
-    target ehub.catalogue := ehub.require_space(space);
-    mode text := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
+    target ehub.catalogue;
+    here text := space;
+    mode text := coalesce(nullif(current_setting('ehub.mode', true), ''), 'auto');
     matching boolean := filter IS NOT NULL OR partition IS NOT NULL OR index IS NOT NULL;
+    -- The square of its length, where that is usual.
+    usual boolean := -(query OPERATOR(@vector@.<#>) query) BETWEEN 1e-37 AND 1e38;
     path jsonpath;
     needed int;
     asked int;
     proposed record;
     reason text;
 BEGIN
-    PERFORM ehub.require_query(target, query, k);
+    IF mode NOT IN ('auto', 'index') THEN
+        mode := ehub.choice('ehub.mode', 'auto', 'index', 'exact');
+    END IF;
+    IF matching OR mode = 'exact' OR usual IS NOT TRUE OR (k > 0) IS NOT TRUE
+        OR current_setting('transaction_isolation') <> 'read committed'
+    THEN
+        target := ehub.require_space(space);
+        PERFORM ehub.require_query(target, query, k);
+        here := ehub.address(target);
+    END IF;
     IF leave_out IS NOT NULL THEN
         leave_out := ehub.keys_left_out(leave_out);
     END IF;
@@ -397,28 +432,26 @@ BEGIN
         path := ehub.filter_path(filter);
     END IF;
     IF mode <> 'exact' THEN
-        PERFORM ehub.choice('ehub.consistency', 'strong', 'eventual');
+        IF current_setting('ehub.consistency', true) <> '' THEN
+            PERFORM ehub.choice('ehub.consistency', 'strong', 'eventual');
+        END IF;
         needed := least(k, 1000000000) + coalesce(cardinality(leave_out), 0);
         asked := needed;
         FOR attempt IN 1 .. 3 LOOP
-            proposed := ehub.candidates(
-                target.version_id, 1, asked,
-                encode(@vector@.vector_send(query), 'hex'), filter, partition, index
-            );
+            proposed := ehub.candidates(here, ARRAY[query], asked, filter, partition, index);
             reason := proposed.reason;
-            EXIT WHEN reason IS NOT NULL;
+            EXIT WHEN reason IS NOT NULL OR proposed.version_id IS NULL;
             IF matching THEN
-                RETURN QUERY EXECUTE format(
-                    'SELECT key, distance, metadata FROM ehub_data.%I('
-                    '$1, $2, $3, $4, $5, $6, $7, $8, $9, $10)',
-                    'check_matching_v' || target.version_id
-                ) USING query, proposed.keys, proposed.watermark, asked, needed, k, leave_out, path,
+                RETURN QUERY EXECUTE
+                    'SELECT key, distance, metadata FROM ehub_data.check_matching_v'
+                    || proposed.version_id || '($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)'
+                USING query, proposed.keys, proposed.watermark, asked, needed, k, leave_out, path,
                     partition, proposed.matching;
             ELSE
-                RETURN QUERY EXECUTE format(
-                    'SELECT key, distance, metadata FROM ehub_data.%I($1, $2, $3, $4, $5, $6, $7)',
-                    'check_v' || target.version_id
-                ) USING query, proposed.keys, proposed.watermark, asked, needed, k, leave_out;
+                RETURN QUERY EXECUTE
+                    'SELECT key, distance, metadata FROM ehub_data.check_v'
+                    || proposed.version_id || '($1, $2, $3, $4, $5, $6, $7)'
+                USING query, proposed.keys, proposed.watermark, asked, needed, k, leave_out;
             END IF;
             IF FOUND THEN
                 RETURN;
@@ -429,7 +462,7 @@ BEGIN
                 );
                 EXIT WHEN asked IS NULL;
             ELSIF ehub.deciding_keys(
-                target.version_id, proposed.watermark, proposed.keys, asked, needed
+                proposed.version_id, proposed.watermark, proposed.keys, asked, needed
             ) IS NOT NULL THEN
                 RETURN;
             ELSE
@@ -438,7 +471,11 @@ BEGIN
                 asked := 2 * needed + 1000;
             END IF;
         END LOOP;
-        PERFORM ehub.require_exact_is_allowed(mode, space, reason);
+        target := ehub.require_space(here);
+        PERFORM ehub.require_query(target, query, k);
+        PERFORM ehub.require_exact_is_allowed(
+            mode, target.space, coalesce(reason, 'the service has no such index yet')
+        );
     END IF;
     RETURN QUERY
     SELECT * FROM ehub.nearest_exact(ehub.address(target), query, k, leave_out, filter, partition);
@@ -520,13 +557,10 @@ BEGIN
         PERFORM ehub.choice('ehub.consistency', 'strong', 'eventual');
         FOR attempt IN 1 .. 2 LOOP
             proposed := ehub.candidates(
-                target.version_id, cardinality(queries), asked, (
-                    SELECT string_agg(encode(@vector@.vector_send(v.query), 'hex'), '')
-                    FROM unnest(queries) AS v (query)
-                ), filter, partition, index
+                ehub.address(target), queries, asked, filter, partition, index
             );
             reason := proposed.reason;
-            EXIT WHEN reason IS NOT NULL;
+            EXIT WHEN reason IS NOT NULL OR proposed.version_id IS NULL;
             IF NOT proposed.matching THEN
                 -- Each by itself, for each may need another number of candidates.
                 RETURN QUERY
@@ -554,7 +588,9 @@ BEGIN
             reason := 'too much has changed since it was brought up to date';
             asked := 2 * asked + 1000;
         END LOOP;
-        PERFORM ehub.require_exact_is_allowed(mode, target.space, reason);
+        PERFORM ehub.require_exact_is_allowed(
+            mode, target.space, coalesce(reason, 'the service has no such index yet')
+        );
     END IF;
     RETURN QUERY
     SELECT v.q::int, n.key, n.distance, n.metadata
@@ -581,7 +617,7 @@ END $$;
 CREATE OR REPLACE FUNCTION ehub.count_exact(reason text) RETURNS void
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF reason ~ '^(no index service is|this server has no|this is a standby)' THEN
+    IF reason ~ '^(no index service is|this server has n|this is a standby)' THEN
         PERFORM FROM ehub.exact_no_service;
     ELSIF reason ~ '^the index service ' THEN
         PERFORM FROM ehub.exact_service_down;
@@ -623,9 +659,7 @@ DECLARE
     anything @vector@.vector := array_fill(1::real, ARRAY[target.dims]);
     proposed record;
 BEGIN
-    proposed := ehub.candidates(
-        target.version_id, 1, 1, encode(@vector@.vector_send(anything), 'hex')
-    );
+    proposed := ehub.candidates(ehub.address(target), ARRAY[anything], 1);
     IF proposed.reason IS NULL AND (
         pg_snapshot_xmax(proposed.watermark) < pg_snapshot_xmax(seen)
         OR EXISTS (

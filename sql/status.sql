@@ -93,7 +93,10 @@ SELECT
     r.memory,
     r.reported_at,
     coalesce(p.problem, r.last_error) AS last_error,
-    coalesce('exact: ' || ehub.exact_because(p.problem, s.state), 'by the index service') AS in_sql,
+    coalesce(
+        'exact: ' || ehub.exact_because(p.problem, s.state),
+        'by the index service' || coalesce(', through dblink: ' || ehub.link_problem(), '')
+    ) AS in_sql,
     coalesce(i.id, c.index_id) AS index_id,
     c.current,
     i.rows AS of_rows,

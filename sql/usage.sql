@@ -20,10 +20,11 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         'filter_of_field', 'filter_of_index', 'filter_parts', 'filter_path', 'filter_text',
         'filter_with_index', 'get', 'has_distances', 'has_filter', 'has_keys', 'hides_rows',
         'hear_of_revocations', 'holder', 'implies', 'in_turns', 'index_missing', 'indexes_for', 'joined',
-        'keys_left_out', 'kept_metadata', 'known_rows', 'mark_of', 'mean_of_examples', 'merge_staged', 'nearest',
+        'keys_left_out', 'kept_metadata', 'known_rows', 'link_problem',
+        'mark_of', 'mean_of_examples', 'merge_staged', 'nearest',
         'nearest_at', 'nearest_exact', 'nearest_exact_to', 'nearest_like', 'nearest_many',
         'nearest_of_batch', 'nearest_to', 'object_of', 'overlap', 'overlap_of_queries',
-        'own_problem', 'own_token', 'owner', 'partitions', 'reattach', 'refuse_average', 'refuse_filter', 'refuse_key',
+        'own_problem', 'owner', 'partitions', 'reattach', 'refuse_average', 'refuse_filter', 'refuse_key',
         'refuse_partition', 'refuse_row', 'refuse_space', 'relation_at', 'relation_of_diff',
         'require_attachable', 'require_checkpoint', 'require_exact_is_allowed',
         'require_keys', 'require_name', 'require_own', 'require_partition',
@@ -34,7 +35,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         -- With the owner's rights, for callers who see all rows of a version; of who calls.
         'candidates', 'changed_since', 'changes', 'deciding_keys', 'hold_current', 'hold_log',
         'images', 'lag',
-        'me', 'sees_all', 'this_statement',
+        'me', 'sees_all',
         -- For replicas: to such callers, or to whoever knows what it was given before.
         'acknowledge', 'acknowledged', 'forget_replica', 'identity', 'is_granted', 'is_recognised', 'release_log', 'report',
         'trim', 'trimmed_below',
@@ -46,7 +47,7 @@ LANGUAGE sql IMMUTABLE SET search_path = pg_catalog, pg_temp AS $$
         -- For the owner and its members.
         'grant_create', 'grant_default', 'revoke_create', 'revoke_default',
         -- With the owner's rights, and nothing to tell that is not for everybody.
-        'count_exact', 'service_missing'
+        'count_exact', 'own_token', 'service_missing'
     ]::name[]
 $$;
 

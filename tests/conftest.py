@@ -22,24 +22,35 @@ from ehub.config import Target, resolve
 from ehub.database import Database
 from ehub.migrate import migrate
 
-_LACKS_DBLINK = not os.environ.get("EHUB_TEST_DATABASE_URL")
-
 for name in list(os.environ):
     # The tests say which database they mean; PGSERVER_… chooses the embedded server's version.
     if name.startswith(("PG", "EHUB_DATA")) and not name.startswith("PGSERVER_"):
         del os.environ[name]
 
 
-def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    return (_LACKS_DBLINK and collection_path.name == "service") or None
+_EMBEDDED = not os.environ.get("EHUB_TEST_DATABASE_URL")
+_deselected: dict[str, int] = {}
 
 
-def pytest_report_header() -> str | None:
-    if _LACKS_DBLINK:
-        return (
-            "without tests/service: the embedded Postgres has no dblink, EHUB_TEST_DATABASE_URL may"
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the server is not for: CI runs the tests on one of either kind."""
+    kept = []
+    for item in items:
+        marker = item.get_closest_marker("whole_postgres" if _EMBEDDED else "embedded_postgres")
+        if marker is None:
+            kept.append(item)
+        else:
+            _deselected[marker.args[0]] = _deselected.get(marker.args[0], 0) + 1
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for needed, number in sorted(_deselected.items()):
+        terminalreporter.line(
+            f"without {number} that need {needed}, as "
+            + ("EHUB_TEST_DATABASE_URL may have it" if _EMBEDDED else "the embedded server has it")
         )
-    return None
 
 
 @pytest.fixture(scope="session")

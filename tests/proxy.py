@@ -27,11 +27,15 @@ class Proxy:
             if not self.open:
                 client.close()
                 continue
-            if self.host.startswith("/"):
-                server = socket.socket(socket.AF_UNIX)
-                server.connect(f"{self.host}/.s.PGSQL.{self.server_port}")
-            else:
-                server = socket.create_connection((self.host, self.server_port))
+            try:
+                if self.host.startswith("/"):
+                    server = socket.socket(socket.AF_UNIX)
+                    server.connect(f"{self.host}/.s.PGSQL.{self.server_port}")
+                else:
+                    server = socket.create_connection((self.host, self.server_port))
+            except OSError:
+                client.close()
+                continue
             self.pairs.append((client, server))
             for source, target in ((client, server), (server, client)):
                 threading.Thread(target=self.forward, args=(source, target), daemon=True).start()

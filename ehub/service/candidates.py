@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
 from ehub.index import PartitionedIndex, Proposed
 from ehub.replica import LEAST_NEAR, Copy, Replica, Stamp, rows_near
+from ehub.service.link import Candidates, Question
 from ehub.service.metrics import Metrics
 from ehub.service.pgwire import Answer, Column, StatementError, array
 from ehub.types import Matrix
@@ -39,61 +38,47 @@ _FIELDS = 10
 _MOST = 10_000_000
 
 
-class _Question(NamedTuple):
-    """``CANDIDATES nonce state index n k ef filter partition queries``.
+def _parse(statement: str) -> tuple[str, Question]:
+    """Read ``CANDIDATES nonce state index n k ef filter partition queries``, the nonce apart.
 
-    As ``ehub.candidates`` writes it: what may be missing is ``-``, or ``x`` and hexadecimal digits.
+    As ``ehub.candidates`` writes it: what may be missing is ``-``, or ``x`` and hexadecimal digits;
+    queries are what ``vector_send`` writes, in hexadecimal digits.
     """
+    fields = statement.split(" ", _FIELDS - 1)
+    if len(fields) != _FIELDS:
+        raise StatementError(
+            "42601",
+            f"CANDIDATES has {_FIELDS - 1} fields, like those that ehub.candidates sends",
+        )
+    _, nonce, state, index_id, n, k, ef, wanted, partition, queries = fields
+    try:
+        count = int(n)
+        asked = Question(
+            *(state, int(index_id), int(k), int(ef)),
+            *(_optional(wanted), _optional(partition)),
+            _matrix(queries, count) if count > 0 else np.empty((0, 0), np.float32),
+        )
+    except ValueError as error:
+        raise StatementError("42601", f"CANDIDATES: {error}") from None
+    if count < 1 or asked.k < 1 or asked.ef < 0:
+        raise StatementError("22023", "CANDIDATES: n and k are positive, ef is not negative")
+    return nonce, asked
 
-    nonce: str
-    state: str
-    index_id: int
-    n: int
-    k: int
-    ef: int
-    filter: str | None
-    partition: str | None
-    queries: str
 
-    @classmethod
-    def parse(cls, statement: str) -> _Question:
-        fields = statement.split(" ", _FIELDS - 1)
-        if len(fields) != _FIELDS:
-            raise StatementError(
-                "42601",
-                f"CANDIDATES has {_FIELDS - 1} fields, like those that ehub.candidates sends",
-            )
-        _, nonce, state, index_id, n, k, ef, wanted, partition, queries = fields
-        try:
-            asked = cls(
-                *(nonce, state, int(index_id), int(n), int(k), int(ef)),
-                _optional(wanted),
-                _optional(partition),
-                queries,
-            )
-        except ValueError as error:
-            raise StatementError("42601", f"CANDIDATES: {error}") from None
-        if asked.n < 1 or asked.k < 1 or asked.ef < 0:
-            raise StatementError("22023", "CANDIDATES: n and k are positive, ef is not negative")
-        return asked
-
-    def matrix(self, dims: int) -> Matrix:
-        """Read what ``vector_send`` wrote: float32 of shape ``(n, dims)``."""
-        try:
-            data = np.frombuffer(bytes.fromhex(self.queries), np.uint8)
-            rows = data.reshape(self.n, 4 + 4 * dims)[:, 4:]
-        except ValueError:
-            raise StatementError(
-                "22P02", f"CANDIDATES: {self.n} vectors of {dims} dims are needed"
-            ) from None
-        return np.ascontiguousarray(rows).view(">f4").astype(np.float32)
+def _matrix(digits: str, n: int) -> Matrix:
+    """Read what ``vector_send`` wrote of ``n`` vectors: float32 of shape ``(n, dims)``."""
+    data = np.frombuffer(bytes.fromhex(digits), np.uint8)
+    if len(data) % n or len(data) // n < 8 or len(data) // n % 4:
+        raise ValueError(f"{n} vectors are needed")
+    rows = data.reshape(n, -1)[:, 4:]
+    return np.ascontiguousarray(rows).view(">f4").astype(np.float32)
 
 
 def _optional(field: str) -> str | None:
     return None if field == "-" else bytes.fromhex(field.removeprefix("x")).decode()
 
 
-def _near(asked: _Question) -> int:
+def _near(asked: Question) -> int:
     """Return how many rows are asked of an index that does not know which match."""
     # Whoever asks for so many has found too few among fewer.
     if asked.filter is None or asked.k >= LEAST_NEAR:
@@ -106,17 +91,6 @@ def _is_all(found: Proposed, asked: int) -> bool:
     return all(len(keys) < asked for keys in found.keys)
 
 
-def _describe(found: Proposed, matching: bool) -> str:
-    """Write how it was found, for ``ehub.explain_nearest``."""
-    plan = found.plan
-    described = {"by": plan.by, "rows": plan.rows, "compared": plan.compared, "note": plan.note}
-    if not matching:
-        # How many match it does not know.
-        described |= {"by": "near", "note": "looks among the nearest for rows that match"}
-        del described["rows"]
-    return json.dumps(described)
-
-
 class Answers:
     """Answers the statements that come through the door."""
 
@@ -127,7 +101,7 @@ class Answers:
         """Answer a statement; raises StatementError for one that is not understood."""
         word = statement.split(None, 1)[0].rstrip(";").upper()
         if word == "CANDIDATES":
-            return self._candidates(_Question.parse(statement))
+            return self._candidates(statement)
         answers: dict[str, Callable[[str], Answer]] = {
             "STATUS": self._status,
             "SELECT": self._select,
@@ -141,32 +115,37 @@ class Answers:
             )
         return answers[word](statement)
 
-    def _candidates(self, asked: _Question) -> Answer:
-        started = time.perf_counter()
-        found, matching = self._propose(asked)
+    def _candidates(self, statement: str) -> Answer:
+        nonce, asked = _parse(statement)
+        found = self.candidates(asked)
         if isinstance(found, str):
-            self._metrics.answered(asked.n, time.perf_counter() - started, found)
-            return Answer(_COLUMNS, [[asked.nonce, found, *[None] * 5]])
-        self._metrics.answered(asked.n, time.perf_counter() - started, None)
-        stamp = found.as_of
-        assert isinstance(stamp, Stamp)  # noqa: S101 - else it was refused
+            return Answer(_COLUMNS, [[nonce, found, *[None] * 5]])
         counts = "{" + ",".join([str(len(keys)) for keys in found.keys]) + "}"
-        flat = found.keys[0] if asked.n == 1 else [key for keys in found.keys for key in keys]
-        plan = _describe(found, matching)
-        row = [asked.nonce, None, str(stamp.watermark), counts, array(flat), plan]
-        return Answer(_COLUMNS, [[*row, "t" if matching else "f"]])
+        keys = array([key for keys in found.keys for key in keys])
+        row = [nonce, None, found.watermark, counts, keys, found.described()]
+        return Answer(_COLUMNS, [[*row, "t" if found.matching else "f"]])
 
-    def _propose(self, asked: _Question) -> tuple[Proposed | str, bool]:
-        """Return what the index proposes, and whether nothing else can match; or why not."""
+    def candidates(self, asked: Question) -> Candidates | str:
+        """Return what the index proposes; or why it proposes nothing."""
+        started = time.perf_counter()
+        found = self._propose(asked)
+        reason = found if isinstance(found, str) else None
+        self._metrics.answered(len(asked.queries), time.perf_counter() - started, reason)
+        return found
+
+    def _propose(self, asked: Question) -> Candidates | str:
         copy = self._copy(asked.index_id)
         if copy is None:
-            return "the service has no such index yet", False
+            return "the service has no such index yet"
         index = copy.index
         if index is None or index.as_of is None:
-            return f"it is {copy.state}", False
-        if asked.n * asked.k > _MOST and asked.n * len(index) > _MOST:
-            return f"more than {_MOST} keys are asked for", False
-        queries = asked.matrix(index.dims)
+            return f"it is {copy.state}"
+        queries = asked.queries
+        n, dims = queries.shape
+        if n * asked.k > _MOST and n * len(index) > _MOST:
+            return f"more than {_MOST} keys are asked for"
+        if dims != index.dims:
+            return f"it is of {index.dims} dims, and the query has {dims}"
         found = None
         matching = True
         if isinstance(index, PartitionedIndex):
@@ -175,7 +154,7 @@ class Answers:
             # All that there are, or those that are near.
             matching = asked.filter is None or (found is not None and _is_all(found, near))
         elif asked.partition is not None:
-            return "it is not kept by partitions", False
+            return "it is not kept by partitions"
         elif asked.filter is None:
             found = index.propose(queries, asked.k, asked.ef)
         else:
@@ -187,15 +166,15 @@ class Answers:
                 found = index.propose(queries, near, asked.ef)
                 matching = found is not None and _is_all(found, near)
         if found is None:
-            return "parts of its graph cannot be reached; it is built anew", False
+            return "parts of its graph cannot be reached; it is built anew"
         stamp = found.as_of
         if not isinstance(stamp, Stamp) or asked.state not in (
             stamp.state,
             f"{stamp.state}/{stamp.shape}",
         ):
             copy.doubt()
-            return "it follows another life of this database, or of this table", False
-        return found, matching
+            return "it follows another life of this database, or of this table"
+        return Candidates(found.keys, str(stamp.watermark), found.plan, matching)
 
     def _copy(self, index_id: int) -> Copy | None:
         for copy in self._replica.followed():

@@ -1,7 +1,8 @@
 """A small server for PostgreSQL's protocol: what dblink and psql need, and no more.
 
 Start-up, TLS, SCRAM-SHA-256, the simple query, terminate. One thread a connection: a search lets
-the others run, and handing it to another thread would cost more than it takes.
+the others run, and handing it to another thread would cost more than it takes. Extension ehub_link
+comes through the same door, and speaks another protocol (``ehub.service.link``).
 
 Sources: PostgreSQL documentation, "Frontend/Backend Protocol"; RFC 5802 and 7677 (SCRAM).
 """
@@ -25,6 +26,7 @@ from typing import NamedTuple
 
 from ehub.config import Address
 from ehub.errors import ConfigurationError
+from ehub.service import link
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class Verifier:
 
     def __init__(self, secret: str) -> None:
         self.salt = secrets.token_bytes(16)
-        self._digest = _mac(self.salt, secret.encode())
+        self._secret = secret.encode()
         salted = hashlib.pbkdf2_hmac("sha256", secret.encode(), self.salt, _ITERATIONS)
         client_key = _mac(salted, b"Client Key")
         self._stored_key = hashlib.sha256(client_key).digest()
@@ -84,7 +86,11 @@ class Verifier:
 
     def is_of(self, secret: str) -> bool:
         """Whether it was made of this secret."""
-        return hmac.compare_digest(self._digest, _mac(self.salt, secret.encode()))
+        return hmac.compare_digest(self._secret, secret.encode())
+
+    def prove(self, who: bytes, nonces: bytes) -> bytes:
+        """Return what shows that a side of the link knows the secret, for the nonces of both."""
+        return _mac(self._secret, who + nonces)
 
     def check(self, exchange: bytes, proof: bytes) -> bytes | None:
         """Return the server's signature if the proof is right, else None."""
@@ -105,6 +111,7 @@ class Door:
         verifier: returns what the secret of the only user, ``ehub``, is checked with; None lets
             nobody in.
         answer: may raise :class:`StatementError`; anything else ends that connection.
+        propose: what the link's questions are answered with; without it nobody speaks that here.
         tls: with a certificate, for those who ask for it.
         limit: connections at a time; more are told that there are too many.
     """
@@ -116,8 +123,10 @@ class Door:
         answer: Callable[[str], Answer],
         tls: ssl.SSLContext | None = None,
         limit: int = 1000,
+        propose: Callable[[link.Question], link.Candidates | str] | None = None,
     ) -> None:
         self._verifier, self._answer = verifier, answer
+        self._link = None if propose is None else link.Answerer(propose, self._part_from)
         self._tls, self._limit = tls, limit
         self._mutex = threading.Lock()
         self._connections: set[socket.socket] = set()
@@ -149,6 +158,10 @@ class Door:
         for connection in connections:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        if self._link is not None:
+            self._link.close()
+            for connection in connections:
+                self._part_from(connection)
 
     def _listen(self, address: Address) -> socket.socket:
         try:
@@ -233,11 +246,17 @@ class Door:
 
     def _serve(self, connection: socket.socket) -> None:
         raw = connection
+        handed_over = False
         try:
             if connection.family != socket.AF_UNIX:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             connection.settimeout(_HANDSHAKE_SECONDS)
+            if self._link is not None and connection.recv(1, socket.MSG_PEEK) == link.MAGIC[:1]:
+                if self._shake_hands(connection):
+                    handed_over = True
+                    self._link.add(connection)
+                return
             connection = self._start(connection)
             self._authenticate(_Stream(connection, _HANDSHAKE_BYTES), raw)
             connection.settimeout(None)
@@ -251,8 +270,19 @@ class Door:
         except Exception:
             _log.exception("a connection failed")
         finally:
-            connection.close()
-            self._part_from(raw)
+            if not handed_over:
+                connection.close()
+                self._part_from(raw)
+
+    def _shake_hands(self, connection: socket.socket) -> bool:
+        """Whether one who speaks the link's protocol knows the secret, and there is room."""
+        verifier = self._verifier()
+        if verifier is None:
+            return False
+        if not link.greet(connection, verifier.prove):
+            _log.warning("a wrong secret was refused")
+            return False
+        return self._know(connection)
 
     def _start(self, connection: socket.socket) -> socket.socket:
         """Read the packets before the protocol proper; returns the connection, now maybe TLS."""

@@ -8,7 +8,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 
 from ehub import resources
@@ -79,7 +79,8 @@ class Service:
             named=token is not None,
         )
         with contextlib.ExitStack() as stack:
-            self._door = Door(listen, self._verifier, Answers(self._replica, self.metrics), tls)
+            answers = Answers(self._replica, self.metrics)
+            self._door = Door(listen, self._verifier, answers, tls, propose=answers.candidates)
             stack.callback(self._door.close)
             self._pages = (
                 None
@@ -92,9 +93,10 @@ class Service:
                 stack.callback(self._pages.close)
             stack.callback(self._replica.close)
             # An error of the first connection is told at once; later ones are waited out.
-            with contextlib.closing(self._feel()) as connection:
-                self._warn_of_others(connection)
-            self._pulse = threading.Thread(target=self._beat, name="ehub-pulse", daemon=True)
+            connection = self._feel(self._warn_of_others)
+            self._pulse = threading.Thread(
+                target=self._beat, args=(connection,), name="ehub-pulse", daemon=True
+            )
             self._pulse.start()
             self._replica.follow_all()
             self._leave = stack.pop_all()
@@ -113,6 +115,19 @@ class Service:
     def installed(self) -> bool:
         """Whether the database has a secret for it."""
         return self._secret is not None
+
+    def install(self) -> None:
+        """Tell the database that this is its service, as ``ehub install-service`` does.
+
+        Raises:
+            ServiceError: neither extension ehub_link nor dblink is to be had.
+        """
+        with self._database.connection() as connection:
+            connection.execute(
+                "SELECT ehub.install_service(%s, %s::int)", [self.address.host, self.address.port]
+            )
+            self._read_secret(connection)
+            self._promise(connection)
 
     def ready(self) -> bool:
         """Whether it follows the database and answers for what it can.
@@ -161,9 +176,8 @@ class Service:
 
     # --- the pulse
 
-    def _beat(self) -> None:
+    def _beat(self, connection: Connection | None) -> None:
         """Show that this process lives, by a connection of which Postgres sees when it moved."""
-        connection: Connection | None = None
         asked = time.monotonic()
         while not self._stopping.wait(_PULSE_SECONDS):
             try:
@@ -191,10 +205,12 @@ class Service:
         if connection is not None:
             connection.close()
 
-    def _feel(self) -> Connection:
+    def _feel(self, first: Callable[[Connection], None] | None = None) -> Connection:
         connection = self._database.connect()
         try:
             with mapped():
+                if first is not None:
+                    first(connection)
                 connection.execute("SET application_name = 'ehub pulse'")
                 self._read_secret(connection)
                 self._promise(connection)

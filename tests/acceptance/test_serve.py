@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psycopg
 import pytest
 
 import ehub
@@ -222,15 +223,46 @@ def test_a_typo_is_an_error_of_one_line(url, tmp_path, arguments, message):
     assert done.stderr.count("\n") == 1
 
 
-def test_without_dblink_nothing_is_installed_and_it_is_said(url, db):
-    if db.execute("SELECT FROM pg_available_extensions WHERE name = 'dblink'").fetchone() == ():
-        pytest.skip("this Postgres has dblink")
-    done = subprocess.run(
-        [EHUB, "install-service", "--database", url],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "300"},
-    )
-    assert done.returncode == 1
-    assert "this server has no extension dblink" in done.stderr
+def test_the_embedded_postgres_needs_no_more_than_serve(tmp_path):
+    """Its searches in SQL go by the index, and nobody had to install anything."""
+    environment = {**os.environ, "EHUB_DATA_DIR": str(tmp_path / "data")}
+    with ehub.connect("embedded", data_dir=tmp_path / "data", index="none") as hub:
+        hub.create_space("s", 2).multiset({"a": [1, 2], "b": [2, 1]})
+        process = subprocess.Popen(
+            [EHUB, "serve", "--listen", "127.0.0.1:0", "--pages", "none"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("ready: "), process.communicate()
+            with psycopg.connect(hub.conninfo, autocommit=True) as db:
+                assert db.execute("SELECT in_sql FROM ehub.status").fetchone() == (
+                    "by the index service",
+                )
+                db.execute("SET ehub.mode = 'index'")
+                found = db.execute("SELECT key FROM ehub.nearest('s', '[1,2]', 1)").fetchall()
+                assert found == [("a",)]
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=60)
+
+
+def test_what_a_build_needs_is_said_in_one_line(tmp_path):
+    for program, message in (
+        ("/nowhere/pg_config", "/nowhere/pg_config does not say where its server is"),
+        ("/bin/echo", "extension ehub_link cannot be built; it needs make, a C compiler and"),
+    ):
+        done = subprocess.run(
+            [EHUB, "build-link", "--pg-config", program],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "COLUMNS": "300"},
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

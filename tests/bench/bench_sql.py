@@ -185,9 +185,9 @@ def run(db: psycopg.Connection, url: str, folder: Path, queries: np.ndarray, rep
 
     rates: dict[str, list[float]] = {"nearest": [], "pgvector": []}
     for _ in range(3):
-        rates["nearest"].append(clients(2, url, "SET ehub.mode = 'index'", NEAREST, queries))
+        rates["nearest"].append(clients(2, url, "SET ehub.mode = 'index'", NEAREST, queries)[0])
         setting = f"SET hnsw.ef_search = {ef_search}"
-        rates["pgvector"].append(clients(2, url, setting, PGVECTOR, queries))
+        rates["pgvector"].append(clients(2, url, setting, PGVECTOR, queries)[0])
     two = {name: statistics.median(values) for name, values in rates.items()}
     report("two clients", f"ehub {two['nearest']:,.0f}/s, pgvector {two['pgvector']:,.0f}/s")
     report("two clients, ehub by pgvector", ratio(two["nearest"] / two["pgvector"], 4))
@@ -240,7 +240,7 @@ def client(
         while time.perf_counter() - started < SECONDS:
             db.execute(statement, parameters(statement, vectors[n % len(vectors)])).fetchall()
             n += 1
-        answers.put(n / (time.perf_counter() - started))
+        answers.put(n)
 
 
 def connect(url: str) -> psycopg.Connection:
@@ -254,20 +254,33 @@ def parameters(statement: str, query: VectorParameter) -> Any:
     return {"q": query} if "%(q)s" in statement else [query]
 
 
-def clients(n: int, url: str, setting: str, statement: str, queries: np.ndarray) -> float:
-    """Return the queries a second of ``n`` clients together."""
-    context = multiprocessing.get_context("spawn")
-    gate, answers = context.Barrier(n), context.Queue()
+def clients(
+    number: int, url: str, setting: str, statement: str, queries: np.ndarray
+) -> tuple[float, float]:
+    """Return the searches a second of some clients together, and microseconds of processors each."""
+    context = multiprocessing.get_context("fork")
+    gate, answers = context.Barrier(number + 1), context.Queue()
     processes = [
-        context.Process(target=client, args=(url, setting, statement, queries[i::n], gate, answers))
-        for i in range(n)
+        context.Process(
+            target=client, args=(url, setting, statement, queries[i::number], gate, answers)
+        )
+        for i in range(number)
     ]
     for process in processes:
         process.start()
+    gate.wait()
+    before = busy()
     total = sum(answers.get() for _ in processes)
+    spent = busy() - before
     for process in processes:
         process.join()
-    return total
+    return total / SECONDS, spent / total * 1e6
+
+
+def busy() -> float:
+    """Return the seconds that all processors of this machine have worked."""
+    user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def writers(db: psycopg.Connection, url: str, which: str) -> None:

@@ -281,7 +281,7 @@ def test_what_attaching_is_made_of_is_for_owners(low, db, table):
         "SELECT ehub.attach('theirs', 'e', 'x')",
         "SELECT ehub.add_attached('theirs', 'e', 'x', 'l2', 2, 16, 200, 0.95, false)",
         "SELECT ehub.add_attached('theirs', 'e', 'x', 'l2', 2, 16, 200, 0.95, false,"
-        f" '{boss}' || ehub.this_statement())",
+        f" '{boss} ' || (1000000 * date_part('epoch', statement_timestamp()))::bigint)",
         "SELECT ehub.detach('theirs')",
         "SELECT ehub.remove_attached('theirs')",
         f"SELECT ehub.remove_attached('theirs', caller => '{boss} 1')",
@@ -339,7 +339,7 @@ def test_who_may_not_read_learns_nothing(low, db, url, hub):
             "SELECT * FROM ehub.nearest_exact('secret', '[1,1]', 3)",
             "SELECT ehub.get('secret', '1')",
             f"SELECT ehub.changes({version}, '1:1:')",
-            f"SELECT ehub.candidates({version}, 1, 5, 'x')",
+            "SELECT ehub.candidates('secret', ARRAY['[1,1]'::vector], 5)",
             f"SELECT ehub.deciding_keys({version}, '1:1:', '{{1}}', 1, 1)",
             f"SELECT * FROM ehub_data.check_v{version}('[1,1]', '{{1}}', '1:1:', 1, 1, 1, NULL)",
         ):

@@ -129,7 +129,7 @@ def test_few_functions_run_with_their_owners_rights(db):
         *("acknowledged", "count_exact", "forget_replica"),
         # They have nothing to tell that is not for everybody, and believe nobody.
         "log_change",
-        *("release_log", "report"),
+        *("own_token", "release_log", "report"),
         *("service_missing", "trim", "trimmed_below"),
     ]
     # Who knows the caller asks first what it may do. One who may call create_space may make spaces.

@@ -101,6 +101,7 @@ def test_a_partition_that_is_detached_concurrently(table, db, url):
         detaching.join(10)
 
 
+@pytest.mark.whole_postgres("ICU")
 def test_keys_that_a_collation_takes_for_the_same(service, db, connect):
     """Keys are their bytes: an update may change one to what its own type takes for the same."""
     db.execute(

@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from oracle import check_neighbors, table
 from proxy import Proxy
+from psycopg.conninfo import conninfo_to_dict
 
 import ehub
 from ehub.config import Address
@@ -74,6 +75,7 @@ def until(condition, seconds=20):
 
 def test_killed_and_started_again(served, db, url):
     until(lambda: prompt(db))
+    until(lambda: list(served.folder.glob("service/indexes/*/*/manifest.json")))
     served.kill()
     with psycopg.connect(url, autocommit=True) as fresh:
         for connection in (db, fresh):
@@ -325,7 +327,7 @@ def test_connections_of_the_service_cut_and_notifications_lost(served, db, url):
 
 def test_the_database_crashes(served, db, url, admin):
     """Another incarnation: what the service knew is not believed before it has read again."""
-    if "127.0.0.1" not in url:
+    if not conninfo_to_dict(url)["host"].startswith(("127.0.0.1", "/")):
         pytest.fail("the server's processes must be on this machine: a backend of it is killed")
     token = db.execute("SELECT token FROM ehub.incarnation").fetchone()
     for round_ in range(2):

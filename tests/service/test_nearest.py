@@ -352,7 +352,8 @@ def test_status_says_what_sql_searches_do(space, db, service):
         return rows[0]
 
     road_, state, place = road()
-    assert (road_, state) == ("by the index service", "ready")
+    assert road_.startswith("by the index service")
+    assert state == "ready"
     assert place.startswith("service at 127.0.0.1")
     service.close()
     assert road()[0] == "exact: the index service is not connected"
