@@ -145,13 +145,24 @@ def load(
     checkpoint: Annotated[
         str | None, typer.Option(metavar="NAME", help="Make one of the state just before.")
     ] = None,
+    allow_partial: Annotated[
+        bool,
+        typer.Option("--allow-partial", help="Take text with other rows than its head promises."),
+    ] = False,
     url: Url = None,
 ) -> None:
     """Load a file of embeddings into a space, all or nothing; makes the space if need be.
 
     GloVe or word2vec text, npy, npz, CSV, JSON lines or Parquet, also with .gz.
     """
-    source = EmbeddingFile(file, format=format, key=key, vector=vector, keys_path=keys)
+    source = EmbeddingFile(
+        file,
+        format=format,
+        key=key,
+        vector=vector,
+        keys_path=keys,
+        allow_partial=allow_partial,
+    )
     records = source.records()
     first = next(records, None)
     if first is None:
@@ -579,7 +590,7 @@ def show_demo(url: Url = None) -> None:
 def _searched_by_a_service(database: Database) -> Iterator[psycopg.Connection]:
     """Lend a connection, and run a service meanwhile if the embedded Postgres knows none."""
     with contextlib.ExitStack() as stack:
-        connection = stack.enter_context(psycopg.connect(database.conninfo(), autocommit=True))
+        connection = stack.enter_context(contextlib.closing(database.connect()))
         row = connection.execute(
             "SELECT FROM pg_foreign_server WHERE srvname = 'ehub_service'"
         ).fetchone()

@@ -13,7 +13,7 @@ from ehub import average, values
 from ehub.average import FieldValue
 from ehub.binary import VectorParameter
 from ehub.checkpoint import Checkpoint, CheckpointInfo
-from ehub.database import copy_rows
+from ehub.database import copy_rows, require_encodable
 from ehub.errors import AttachedError, InvalidValueError
 from ehub.search import Searchable
 from ehub.snapshot import Snapshot
@@ -93,6 +93,7 @@ class Collection(Searchable):
         update = sql.SQL("embedding = EXCLUDED.embedding")
         parameters: list[object] = [key, parameter]
         note: sql.Composable = sql.SQL("'{}'")
+        written: str | None = None
         if metadata is None and self.partition_by is not None:
             # A row without its partition is refused before it is seen that there is one already.
             note = sql.SQL(
@@ -100,14 +101,16 @@ class Collection(Searchable):
             ).format(self._written)
             parameters.append(key)
         elif metadata is not None:
+            written = values.as_json(metadata, place)
             note = sql.SQL("%s")
             update = sql.SQL("embedding = EXCLUDED.embedding, metadata = EXCLUDED.metadata")
-            parameters.append(values.as_json(metadata, place))
+            parameters.append(written)
         statement = sql.SQL(
             "INSERT INTO {} (key, embedding, metadata) VALUES (%s, %s, {}) ON CONFLICT (key)"
             " DO UPDATE SET {} RETURNING pg_current_xact_id()::text::bigint"
         ).format(self._written, note, update)
         with self._database.connection(self._address) as connection:
+            require_encodable(connection, self._address, [key], [written])
             row = connection.execute(statement, parameters).fetchone()
         self._wrote(row)
 
@@ -469,7 +472,7 @@ class Collection(Searchable):
     ) -> int:
         with self._database.connection(self._address) as connection, connection.transaction():
             connection.execute("SELECT ehub.stage()")
-            if not copy_rows(connection, "ehub_staging", batches):
+            if not copy_rows(connection, self._address, "ehub_staging", batches):
                 raise InvalidValueError("an empty batch: no embeddings were given")
             if checkpoint is not None:
                 connection.execute("SELECT ehub.checkpoint(%s, %s)", [self._address, checkpoint])
@@ -482,8 +485,11 @@ class Collection(Searchable):
     def _batches(
         self, rows: Iterable[object]
     ) -> Iterator[tuple[list[str], Matrix, list[str | None] | None]]:
-        if isinstance(rows, str | bytes):
-            raise InvalidValueError("a mapping or pairs of key and vector are needed, not a string")
+        if isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
+            raise InvalidValueError(
+                f"space {self._address!r}: rows are a mapping or pairs of key and vector, not"
+                f" {rows!r:.60}"
+            )
         remaining = iter(rows)
         while batch := list(itertools.islice(remaining, _COPY_ROWS)):
             keys: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import logging
 import select
@@ -68,6 +69,14 @@ _OWN_ERRORS: dict[str, type[errors.EhubError]] = {
 }
 
 
+# Of every connection: keys and metadata are written and read as UTF-8, whatever role, database,
+# PGCLIENTENCODING or the connection string says.
+ENCODING = "utf8"
+_POOL_LOG = logging.getLogger("psycopg.pool")
+# What Python calls otherwise than Postgres.
+_CODECS = {"KOI8R": "koi8-r", "KOI8U": "koi8-u", "EUC_CN": "gb2312"}
+
+
 class Database:
     """A pool of connections to one database, for short work, and single ones for long work.
 
@@ -79,6 +88,7 @@ class Database:
         self.target = target
         self._embedded = EmbeddedPostgres(target.data_dir) if target.conninfo is None else None
         self._pool: ConnectionPool[Connection] | None = None
+        self._absence = _Absence(f"ehub {id(self)}")
         self._mutex = threading.Lock()
         self._closed = False
 
@@ -104,7 +114,7 @@ class Database:
             UnavailableError: Postgres cannot be reached.
         """
         with mapped():
-            connection = psycopg.connect(self.conninfo(), autocommit=True)
+            connection = psycopg.connect(self.conninfo(), autocommit=True, client_encoding=ENCODING)
             _configure(connection)
             connection.execute(
                 "SET statement_timeout = 0; SET idle_in_transaction_session_timeout = 0;"
@@ -140,7 +150,7 @@ class Database:
             UnavailableError: Postgres cannot be reached.
         """
         if self._embedded is not None:
-            # It has no dblink.
+            # It is there as long as somebody runs it; an index of this process always is.
             return False
         with self.connection() as connection:
             found = connection.execute(
@@ -155,8 +165,13 @@ class Database:
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.close()
+            _POOL_LOG.removeFilter(self._absence)
         if self._embedded is not None:
             self._embedded.release()
+
+    def _configure_pooled(self, connection: Connection) -> None:
+        self._absence.end()
+        _configure(connection)
 
     def _open_pool(self) -> ConnectionPool[Connection]:
         pool = self._pool
@@ -168,38 +183,116 @@ class Database:
             if self._pool is None:
                 self._pool = ConnectionPool(
                     self.conninfo,
-                    kwargs={"autocommit": True},
+                    kwargs={"autocommit": True, "client_encoding": ENCODING},
                     min_size=0,
                     max_size=16,
                     timeout=10,
                     num_workers=1,
                     check=_check_alive,
-                    configure=_configure,
-                    name="ehub",
+                    configure=self._configure_pooled,
+                    name=self._absence.pool,
                     open=True,
                 )
+                _POOL_LOG.addFilter(self._absence)
             return self._pool
+
+
+def require_encodable(
+    connection: Connection, space: str, keys: Iterable[str], notes: Iterable[str | None]
+) -> None:
+    """Refuse text that the database's own encoding cannot hold; ``notes`` are JSON.
+
+    Raises:
+        InvalidKeyError, InvalidMetadataError: one of them; the key, the character and the encoding
+            are named.
+    """
+    encoding = connection.info.parameter_status("server_encoding") or ""
+    if encoding in ("UTF8", "SQL_ASCII"):
+        return
+    try:
+        codec = codecs.lookup(_CODECS.get(encoding, encoding.replace("WIN", "cp")))
+    except LookupError:
+        # Postgres says it, though not of which key.
+        return
+    for key, note in zip(keys, notes, strict=True):
+        for text, error in ((key, errors.InvalidKeyError), (note, errors.InvalidMetadataError)):
+            try:
+                codec.encode(text or "")
+            except UnicodeEncodeError as refused:
+                character = refused.object[refused.start]
+                raise error(
+                    f"space {space!r}, key {key[:60]!r}: the database's encoding {encoding} has no"
+                    f" {character!r}; a database in UTF8 holds every character"
+                ) from None
 
 
 def copy_rows(
     connection: Connection,
+    space: str,
     table: str,
     batches: Iterable[tuple[Sequence[str], Matrix, Sequence[str | None] | None]],
 ) -> int:
     """Copy keys, vectors and metadata into a table ``(key, embedding, metadata)`` of the session.
 
     A batch is keys, float32 of shape ``(n, dims)`` and JSON text or None for each. Returns the
-    number of rows.
+    number of rows. ``space`` is named in errors.
+
+    Raises:
+        InvalidKeyError, InvalidMetadataError: see :func:`require_encodable`.
     """
     rows = 0
+    refused: errors.EhubError | None = None
     statement = sql.SQL("COPY pg_temp.{} (key, embedding, metadata) FROM STDIN BINARY")
-    with connection.cursor().copy(statement.format(sql.Identifier(table))) as copy:
-        copy.write(COPY_HEADER)
-        for keys, vectors, notes in batches:
-            rows += len(keys)
-            copy.write(encode_rows(keys, vectors, notes))
-        copy.write(COPY_TRAILER)
+    with contextlib.suppress(_Refused):
+        with connection.cursor().copy(statement.format(sql.Identifier(table))) as copy:
+            copy.write(COPY_HEADER)
+            for keys, vectors, notes in batches:
+                rows += len(keys)
+                try:
+                    require_encodable(connection, space, keys, notes or [None] * len(keys))
+                except errors.EhubError as error:
+                    # The server is told what ends the copy, and this is what it cannot be told.
+                    refused = error
+                    raise _Refused from None
+                copy.write(encode_rows(keys, vectors, notes))
+            copy.write(COPY_TRAILER)
+    if refused is not None:
+        raise refused
     return rows
+
+
+class _Absence(logging.Filter):
+    """Lets the log say once that Postgres cannot be reached, and once that it can be again.
+
+    A pool says it of every attempt, of which there are many.
+    """
+
+    def __init__(self, pool: str) -> None:
+        super().__init__()
+        self.pool = pool
+        self._away = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log what a pool says."""
+        given = record.args
+        if not isinstance(given, tuple) or self.pool not in given:
+            return True
+        if record.msg.startswith("error connecting in"):
+            if not self._away:
+                self._away = True
+                _log.warning("Postgres cannot be reached: %s", given[-1])
+            return False
+        return not record.msg.startswith("reconnection attempt in pool")
+
+    def end(self) -> None:
+        """Say that a connection was made."""
+        if self._away:
+            self._away = False
+            _log.warning("Postgres can be reached again")
+
+
+class _Refused(Exception):  # noqa: N818 - control flow, not an error
+    """Text that the database cannot hold ends a copy."""
 
 
 @contextlib.contextmanager
@@ -290,7 +383,7 @@ def _configure(connection: Connection) -> None:
     # What values are as text, whatever the role, the database or the connection string sets.
     connection.execute(
         "SET extra_float_digits = 1; SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres';"
-        " SET bytea_output = 'hex'; SET standard_conforming_strings = on"
+        " SET bytea_output = 'hex'; SET standard_conforming_strings = on; SET row_security = on"
     )
     set_json_loads(jsontext.read, connection)
     connection.add_notice_handler(_tell_of_waiting)

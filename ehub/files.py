@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
+import datetime
+import decimal
 import gzip
 import io
 import json
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -33,6 +37,8 @@ _SUFFIXES = {
     ".ndjson": "jsonl",
     ".parquet": "parquet",
 }
+# A field of a CSV file has the text of a vector: of 16,000 dims at most.
+_FIELD_BYTES = 1 << 24
 # What a column of keys or of vectors is called where nobody says so.
 _KEY_NAMES = ("key", "id", "word")
 _VECTOR_NAMES = ("vector", "embedding", "vectors", "embeddings")
@@ -49,6 +55,7 @@ class EmbeddingFile:
             vectors, the rest metadata). By default the suffix tells.
         key: the name of the column or array of keys; ``vector``: that of the vectors.
         keys_path: a text file with a key on each line, for ``npy``.
+        allow_partial: whether text may have other rows than its first line promises.
 
     Raises:
         InvalidFileError: there is no such file, or its format cannot be told.
@@ -62,8 +69,10 @@ class EmbeddingFile:
         key: str | None = None,
         vector: str | None = None,
         keys_path: Path | None = None,
+        allow_partial: bool = False,
     ) -> None:
         self.path = path
+        self._partial = allow_partial
         if not path.is_file():
             raise InvalidFileError(f"there is no file {path}")
         suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -111,34 +120,56 @@ class EmbeddingFile:
             raise InvalidFileError(f"{self.path} cannot be read: {error}") from error
 
     def _text(self, source: IO[bytes]) -> Iterator[Record]:
-        dims = 0
+        dims = rows = 0
+        promised: int | None = None
         for number, raw in enumerate(source, 1):
             line = raw.rstrip()
-            if number == 1 and line.count(b" ") == 1 and _all_digits(line.split()):
-                # word2vec's text starts with the numbers of rows and dims.
-                continue
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+                words = line.split()
+                headed = len(words) == 2 and not line[:1].isspace()
+                if headed and all(word.isdigit() for word in words):
+                    # word2vec's text starts with the numbers of rows and dims.
+                    promised, dims = map(int, words)
+                    continue
             if not line:
                 continue
+            place = f"{self.path}, line {number}"
             if not dims:
-                dims = len(line.split(b" ")) - 1
-            # From the right: some GloVe files have keys with spaces in them.
-            key, *values = line.rsplit(b" ", dims)
+                # Keys may have spaces in them, but where a tab ends them.
+                key, tab, rest = line.partition(b"\t")
+                dims = len(rest.split()) if tab else len(line.split(b" ")) - 1
+            key, *values = line.rsplit(None, dims)
+            if line[:1].isspace():
+                raise InvalidFileError(f"{place}: there is no key before the numbers")
             try:
                 vector = np.array(values, np.float32)
             except ValueError as error:
-                raise InvalidFileError(f"{self.path}, line {number}: {error}") from None
+                raise InvalidFileError(f"{place}: {error}") from None
             if not dims or len(vector) != dims:
                 raise InvalidFileError(
-                    f"{self.path}, line {number}: a key and {dims or 'some'} numbers are needed,"
-                    f" there are {len(vector)}"
+                    f"{place}: a key and {dims or 'some'} numbers are needed, there are"
+                    f" {len(vector)}"
                 )
-            yield key.decode(), vector, None
+            try:
+                name = key.decode()
+            except UnicodeDecodeError as error:
+                raise InvalidFileError(f"{place}: the key is not UTF-8: {error}") from None
+            rows += 1
+            yield name, vector, None
+        if promised is not None and rows != promised and not self._partial:
+            raise InvalidFileError(
+                f"{self.path}: its first line promises {promised:,} rows, and there are {rows:,}:"
+                " it may have been cut off; allow_partial (--allow-partial) takes what there is"
+            )
 
     def _npy(self, source: IO[bytes]) -> Iterator[Record]:
         matrix = self._array(lambda: np.load(source, allow_pickle=False), "the array")
         keys: Iterable[str] = map(str, range(len(matrix)))
         if self._keys_path is not None:
-            lines = self._keys_path.read_text(encoding="utf-8").splitlines()
+            # Lines end with a newline here and with nothing else, which keys may hold.
+            text = self._keys_path.read_text(encoding="utf-8-sig")
+            lines = text.removesuffix("\n").split("\n") if text else []
             if len(lines) != len(matrix):
                 raise InvalidFileError(
                     f"{self._keys_path} has {len(lines)} keys, {self.path} {len(matrix)} vectors"
@@ -156,24 +187,34 @@ class EmbeddingFile:
             matrix = self._array(lambda: arrays[vector], f"array {vector!r}")
         if len(keys) != len(matrix):
             raise InvalidFileError(f"{self.path}: {len(keys)} keys, {len(matrix)} vectors")
-        for name, row in zip(keys.tolist(), matrix, strict=True):
-            yield str(name), row, None
+        if keys.dtype.kind not in "SUiu":
+            raise InvalidFileError(
+                f"{self.path}: array {key!r}: keys are text or integers, not {keys.dtype}"
+            )
+        for number, (name, row) in enumerate(zip(keys.tolist(), matrix, strict=True), 1):
+            yield self._key_of(name, key, f"row {number}"), row, None
 
     def _csv(self, source: IO[bytes]) -> Iterator[Record]:
-        lines = csv.DictReader(io.TextIOWrapper(source, encoding="utf-8-sig", newline=""))
-        columns = list(lines.fieldnames or ())
-        key = self._choose(columns, self._key, _KEY_NAMES, "keys")
-        vector = self._choose(columns, self._vector, _VECTOR_NAMES, "vectors")
-        try:
-            for row in lines:
-                place = f"line {lines.line_num}"
-                if None in row or None in row.values():
-                    raise InvalidFileError(
-                        f"{self.path}, {place}: {len(columns)} fields are needed"
-                    )
-                yield self._record(row, key, vector, place)
-        except csv.Error as error:
-            raise InvalidFileError(f"{self.path}, line {lines.line_num}: {error}") from error
+        csv.field_size_limit(_FIELD_BYTES)
+        with io.TextIOWrapper(source, encoding="utf-8-sig", newline="") as text:
+            lines = csv.DictReader(text)
+            columns = list(lines.fieldnames or ())
+            if "" in columns:
+                raise InvalidFileError(
+                    f"{self.path}, line 1: column {columns.index('') + 1} has no name"
+                )
+            key = self._choose(columns, self._key, _KEY_NAMES, "keys")
+            vector = self._choose(columns, self._vector, _VECTOR_NAMES, "vectors")
+            try:
+                for row in lines:
+                    place = f"line {lines.line_num}"
+                    if None in row or None in row.values():
+                        raise InvalidFileError(
+                            f"{self.path}, {place}: {len(columns)} fields are needed"
+                        )
+                    yield self._record(row, key, vector, place)
+            except csv.Error as error:
+                raise InvalidFileError(f"{self.path}, line {lines.line_num}: {error}") from error
 
     def _jsonl(self, source: IO[bytes]) -> Iterator[Record]:
         key, vector = self._key, self._vector
@@ -205,11 +246,29 @@ class EmbeddingFile:
             vector = self._choose(columns, self._vector, _VECTOR_NAMES, "vectors")
             number = 0
             for batch in file.iter_batches(4096):
-                for row in batch.to_pylist():
+                for row in self._microseconds(batch, number).to_pylist():
                     number += 1
                     yield self._record(row, key, vector, f"row {number}")
         except pyarrow.lib.ArrowException as error:
             raise InvalidFileError(f"{self.path} cannot be read: {error}") from error
+
+    def _microseconds(self, batch: Any, rows: int) -> Any:
+        """Give times in nanoseconds in Python's microseconds, where nothing is lost by it."""
+        import pyarrow
+
+        for at, field in enumerate(batch.schema):
+            kind = field.type
+            if not pyarrow.types.is_timestamp(kind) or kind.unit != "ns":
+                continue
+            try:
+                column = batch.column(at).cast(pyarrow.timestamp("us", kind.tz))
+            except pyarrow.ArrowInvalid:
+                raise InvalidFileError(
+                    f"{self.path}, rows {rows + 1} to {rows + len(batch)}, column {field.name!r}:"
+                    " there are times below microseconds, which Postgres does not have either"
+                ) from None
+            batch = batch.set_column(at, field.name, column)
+        return batch
 
     def _record(self, row: dict[str, Any], key: str, vector: str, place: str) -> Record:
         name, values = row.pop(key), row.pop(vector)
@@ -219,12 +278,59 @@ class EmbeddingFile:
             try:
                 listed = text.startswith("[")
                 values = json.loads(text) if listed else [float(part) for part in text.split()]
-            except (ValueError, RecursionError) as error:
-                raise InvalidFileError(f"{self.path}, {place}, {vector!r}: {error}") from None
+            except (ValueError, RecursionError):
+                raise InvalidFileError(
+                    f"{self.path}, {place}, {vector!r}: a vector as text is [0.1, 0.2] or 0.1 0.2,"
+                    f" not {text[:40]!r}"
+                ) from None
         if name is None or values is None:
             raise InvalidFileError(f"{self.path}, {place}: no {key if name is None else vector!r}")
-        metadata = {name: _plain(value) for name, value in row.items()}
-        return str(name), values, metadata
+        metadata = {
+            field: self._plain(value, f"{place}, {field!r}") for field, value in row.items()
+        }
+        return self._key_of(name, key, place), values, metadata
+
+    def _key_of(self, value: object, column: str, place: str) -> str:
+        """Return a key: text as it is, integers in digits."""
+        if isinstance(value, bytes):
+            try:
+                return value.decode()
+            except UnicodeDecodeError as error:
+                raise InvalidFileError(f"{self.path}, {place}, {column!r}: {error}") from None
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise InvalidFileError(
+                f"{self.path}, {place}, {column!r}: a key is text or an integer, not"
+                f" {type(value).__name__}"
+            )
+        return str(value)
+
+    def _plain(self, value: Any, place: str) -> Any:
+        """Return a value of a file as JSON has it: the same as of a column of an attached table."""
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if isinstance(value, dict):
+            return {str(name): self._plain(part, place) for name, part in value.items()}
+        if isinstance(value, list):
+            if value and all(isinstance(part, tuple) and len(part) == 2 for part in value):
+                # A map, as pyarrow has it.
+                return {str(name): self._plain(part, place) for name, part in value}
+            return [self._plain(part, place) for part in value]
+        if isinstance(value, datetime.datetime):
+            if value.tzinfo is not None:
+                value = value.astimezone(datetime.UTC).replace(tzinfo=None)
+            return value.isoformat()
+        if isinstance(value, datetime.date | datetime.time):
+            return value.isoformat()
+        if isinstance(value, decimal.Decimal):
+            number = int(value) if value == value.to_integral_value() else float(value)
+            if decimal.Decimal(repr(number)) == value:
+                return number
+            raise InvalidFileError(f"{self.path}, {place}: {value} has more digits than a float")
+        if isinstance(value, uuid.UUID):
+            return str(value)
+        raise InvalidFileError(
+            f"{self.path}, {place}: {type(value).__name__} is nothing that metadata can hold"
+        )
 
     def _choose(
         self, names: list[str], asked: str | None, usual: Iterable[str], what: str, place: str = ""
@@ -247,16 +353,3 @@ class EmbeddingFile:
         if not isinstance(array, np.ndarray) or array.ndim != ndim:
             raise InvalidFileError(f"{self.path}: {what} needs {ndim} dimensions")
         return array
-
-
-def _all_digits(words: list[bytes]) -> bool:
-    return len(words) == 2 and all(word.isdigit() for word in words)
-
-
-def _plain(value: Any) -> Any:
-    """Turn what Parquet knows and JSON does not, dates for example, into text."""
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -23,7 +23,7 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from ehub import resources
-from ehub.database import Connection, Database, installed, mapped
+from ehub.database import ENCODING, Connection, Database, installed, mapped
 from ehub.errors import SchemaError, WaitTimeoutError
 
 _log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def migrate(database: Database, timeout: float = 60.0) -> bool:
     """
     engine = sqlalchemy.create_engine(
         "postgresql+psycopg://",
-        creator=lambda: psycopg.connect(database.conninfo()),
+        creator=lambda: psycopg.connect(database.conninfo(), client_encoding=ENCODING),
         poolclass=sqlalchemy.NullPool,
     )
     deadline = time.monotonic() + timeout

@@ -707,9 +707,9 @@ class Snapshot:
             connection.execute("SELECT ehub.stage()")
             if origin and not whole:
                 rows = _block(own, self.dims)
-            copy_rows(connection, "ehub_staging", _staged(rows))
+            copy_rows(connection, address, "ehub_staging", _staged(rows))
             if origin:
-                _copy_base(connection, base, self.dims)
+                _copy_base(connection, address, base, self.dims)
             done = connection.execute(
                 "SELECT written, deleted, conflicts FROM ehub.write_staged(%s, %s, %s, %s)",
                 [address, whole, origin, on_conflict],
@@ -770,9 +770,9 @@ def _staged(rows: Block) -> Iterator[tuple[list[str], Matrix, list[str | None]]]
         yield rows.keys[part], rows.vectors[part], notes
 
 
-def _copy_base(connection: Connection, taken: Mapping[str, _Own], dims: int) -> None:
+def _copy_base(connection: Connection, space: str, taken: Mapping[str, _Own], dims: int) -> None:
     """Tell how the rows were that a fork has changed; NULL where there was none."""
     present = {key: row for key, row in taken.items() if row is not None}
-    copy_rows(connection, "ehub_base", _staged(_block(present, dims)))
+    copy_rows(connection, space, "ehub_base", _staged(_block(present, dims)))
     absent = [key for key, row in taken.items() if row is None]
     connection.execute("INSERT INTO pg_temp.ehub_base (key) SELECT unnest(%s::text[])", [absent])

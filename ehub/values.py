@@ -294,10 +294,25 @@ def as_json(metadata: object, name: str) -> str:
         text = json.dumps(dict(metadata), allow_nan=False, ensure_ascii=False, default=_plain)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidMetadataError(f"{name}: metadata is not JSON: {error}") from None
+        field = _wrong_field(metadata)
+        where = "metadata" if field is None else f"metadata, field {field}"
+        raise InvalidMetadataError(f"{name}: {where} is not JSON: {error}") from None
     if "\\u0000" in text.replace("\\\\", ""):
         raise InvalidMetadataError(f"{name}: metadata holds a NUL character, Postgres has none")
     return text
+
+
+def _wrong_field(metadata: Mapping[Any, Any]) -> str | None:
+    """Return the path of the first field that alone is not JSON; None if only the whole is not."""
+    for field, value in metadata.items():
+        try:
+            json.dumps({field: value}, allow_nan=False, ensure_ascii=False, default=_plain).encode()
+        except RecursionError:
+            return repr(field)
+        except (TypeError, ValueError):
+            inner = _wrong_field(value) if isinstance(value, Mapping) else None
+            return repr(field) if inner is None else f"{field!r}, {inner}"
+    return None
 
 
 def _plain(value: object) -> object:
@@ -331,7 +346,7 @@ def _as_float32(value: object, name: str) -> Matrix:
                     raise TypeError(f"of type {array.dtype}")
                 array = array.astype(np.float64)
             return array.astype(np.float32, order="C", copy=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidVectorError(
             f"{name}: a vector is a list or an array of numbers, this is not: {error}"
         ) from None
@@ -345,6 +360,11 @@ def _reason(vector: Vector, metric: Metric) -> str:
     with np.errstate(all="ignore"):
         if not np.isfinite(vector.dot(vector)):
             return "its values are too large for distances in float32"
+    if vector.any():
+        return (
+            f"its length of {np.linalg.norm(vector.astype(np.float64)):.2g} is too small for a"
+            f" direction in float32, and so for distances under {metric}"
+        )
     return f"a zero vector has no direction, and so no distance under {metric}"
 
 

@@ -214,7 +214,7 @@ BEGIN
         SELECT FROM pg_class AS c WHERE c.oid = ANY (ehub.tree_of($1)) AND c.relpersistence = 'u'
     ) THEN
         why := 'is unlogged: a crash empties it, and nobody hears of it';
-        hint := 'ALTER TABLE … SET LOGGED';
+        hint := 'ALTER TABLE ... SET LOGGED';
     ELSIF shape.relispartition THEN
         why := 'is a partition';
         hint := 'attach the whole table';
@@ -232,7 +232,7 @@ BEGIN
             HINT = format('%s does', shape.relowner::regrole);
     ELSIF key IS NULL THEN
         why := 'has no primary key of one column';
-        hint := 'a key tells the rows apart; ALTER TABLE … ADD PRIMARY KEY (…)';
+        hint := 'a key tells the rows apart; ALTER TABLE ... ADD PRIMARY KEY (...)';
     ELSIF key.kind IS NULL THEN
         why := format('has a primary key of type %s', key.type);
         hint := 'it may be of type smallint, integer, bigint, uuid, text or varchar';
@@ -484,7 +484,7 @@ BEGIN
 END $$;
 
 -- Make the triggers of an attached table anew, where somebody has dropped or switched them off (ALTER
--- TABLE … ENABLE TRIGGER ALL does that to those that fire always). For the owner of the table; waits for
+-- TABLE ... ENABLE TRIGGER ALL does that to those that fire always). For the owner of the table; waits for
 -- transactions that use it as ehub.detach does.
 CREATE OR REPLACE FUNCTION ehub.reattach(name text) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

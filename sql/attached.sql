@@ -1,7 +1,7 @@
 -- Attached spaces: tables that somebody has already, searched as spaces without moving a row. How such a
 -- table is read; sql/attach.sql makes and ends them.
 --
--- What belongs to one: a row in ehub.attachment; on the table the triggers ehub_v<version>_…, which log
+-- What belongs to one: a row in ehub.attachment; on the table the triggers ehub_v<version>_..., which log
 -- the keys of changed rows; their function ehub_data.log_v<version>, and the functions that check
 -- candidates, both made for the table as it was then. Everything else reads the table as it is: its
 -- name, its key and its columns are looked up, so that nothing depends on it and it can be renamed,

@@ -219,8 +219,8 @@ END $$;
 
 -- Make a space of averages that follows another one: a row for each value of field `by` in the
 -- metadata of the source, under that value as text. Its embedding is the average of the rows that have
--- the value, weighted by field `weight` if need be; its metadata is {"rows": …}, their number, and
--- {"weight": …}, the sum of their weights. What takes no part, see ehub.averages; nor does a value of
+-- the value, weighted by field `weight` if need be; its metadata is {"rows": ...}, their number, and
+-- {"weight": ...}, the sum of their weights. What takes no part, see ehub.averages; nor does a value of
 -- no or more than 1024 bytes. No row has a value without an average, or whose average has no distance
 -- to anything under the metric. Values that are the same as text, as 1 and "1", are one.
 --

@@ -12,7 +12,7 @@
 -- was rung stays awake for longer than the bell rests. A transaction rings once, or while it lasts it
 -- would keep all others from ringing.
 --
--- Nothing depends on the bell but promptness: `ALTER DATABASE … SET ehub.doorbell = off` silences it
+-- Nothing depends on the bell but promptness: `ALTER DATABASE ... SET ehub.doorbell = off` silences it
 -- (two-phase commit refuses transactions that have notified).
 CREATE OR REPLACE FUNCTION ehub.ring() RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$

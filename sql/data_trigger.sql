@@ -208,7 +208,7 @@ BEGIN
             relation
         )
         WHEN (SELECT c.relpersistence = 'u' FROM pg_class AS c WHERE c.oid = relation) THEN format(
-            '%s is unlogged: a crash empties it, and no log says so; ALTER TABLE … SET LOGGED', relation
+            '%s is unlogged: a crash empties it, and no log says so; ALTER TABLE ... SET LOGGED', relation
         )
         WHEN EXISTS (SELECT FROM pg_inherits AS i WHERE relation IN (i.inhrelid, i.inhparent)) THEN format(
             '%s is a part of another table, or has parts, whose writers fire none of its triggers', relation

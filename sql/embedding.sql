@@ -35,6 +35,11 @@ BEGIN
         RAISE EXCEPTION '%: its values are too large for distances in float32', place
             USING ERRCODE = 'EH004';
     ELSIF metric = 'cosine' AND square < 1.1754943508222875e-38 THEN
+        IF @vector@.vector_norm(embedding) > 0 THEN
+            RAISE EXCEPTION '%: its length of % is too small for a direction in float32, and so for'
+                ' distances under cosine', place, @vector@.vector_norm(embedding)::real
+                USING ERRCODE = 'EH004';
+        END IF;
         RAISE EXCEPTION '%: a zero vector has no direction, and so no distance under cosine', place
             USING ERRCODE = 'EH004';
     END IF;

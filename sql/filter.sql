@@ -3,7 +3,7 @@
 --     {"lang": "en"}                          a field equals a value
 --     {"price": {">=": 5, "<": 20}}           =, !=, <, <=, >, >=, in, "not in", exists
 --     {"lang": "en", "price": {"<": 20}}      all of them
---     {"or": [filter, …]}, {"and": [filter, …]}, {"not": filter}
+--     {"or": [filter, ...]}, {"and": [filter, ...]}, {"not": filter}
 --
 -- A field that holds a list matches where one of its elements does. A value of another type than is
 -- asked for matches no comparison, and so does a field that is not there: "not", != and "not in" are

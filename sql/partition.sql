@@ -50,7 +50,7 @@ BEGIN
     IF partition IS NOT NULL AND target.partition_by IS NULL THEN
         RAISE EXCEPTION 'space % has no partitions', quote_literal(target.space)
             USING ERRCODE = 'EH005',
-            HINT = 'create_space(…, partition_by => a field of the metadata) makes one that has;'
+            HINT = 'create_space(..., partition_by => a field of the metadata) makes one that has;'
                 ' a filter does without';
     END IF;
 END $$;

@@ -315,7 +315,7 @@ LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RAISE EXCEPTION 'space %: version % is frozen', quote_literal(TG_ARGV[0]),
         quote_literal(TG_ARGV[1]) USING ERRCODE = 'EH015',
-        HINT = 'ehub.create_version(…, from_version => …) makes a copy that can be written';
+        HINT = 'ehub.create_version(..., from_version => ...) makes a copy that can be written';
 END $$;
 
 -- Wait for the transactions that write to a version, and keep others from it until the end of this

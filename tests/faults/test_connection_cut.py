@@ -98,3 +98,25 @@ def test_a_write_whose_fate_is_unknown_says_so(proxy, space, db):
         proxy.cut()
         writer.join()
     assert len(failures) == 1
+
+
+def test_the_log_says_once_that_postgres_is_away(proxy, data_dir, caplog):
+    """However often the pool tries meanwhile."""
+    with ehub.connect(proxy.url, data_dir=data_dir, index="none") as hub:
+        space = hub.create_space("s", 2)
+        proxy.open = False
+        proxy.cut()
+        with pytest.raises(ehub.UnavailableError):
+            space.set("a", [1, 2])
+        proxy.open = True
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(ehub.UnavailableError):
+                space.set("a", [1, 2])
+                break
+            assert time.monotonic() < deadline
+    said = [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"]
+    assert [text.partition(":")[0] for text in said if "connect" in text or "reach" in text] == [
+        "Postgres cannot be reached",
+        "Postgres can be reached again",
+    ]

@@ -1,5 +1,7 @@
 """Whatever is wrong gets one clear error that names it, and changes nothing."""
 
+import datetime
+
 import numpy as np
 import psycopg
 import pytest
@@ -36,7 +38,26 @@ PYTHON = {
     "set: NaN": (lambda s: s.set("k", [1, NAN, 3]), "key 'k'.*NaN at position 1"),
     "set: infinity": (lambda s: s.set("k", [1, 2, -INF]), "key 'k'.*infinity.*position 2"),
     "set: zero": (lambda s: s.set("k", [0, 0, 0]), "key 'k'.*zero vector"),
-    "set: tiny": (lambda s: s.set("k", [1e-30, 0, 0]), "key 'k'.*zero vector"),
+    "set: tiny": (lambda s: s.set("k", [1e-30, 0, 0]), "key 'k'.*length of 1e-30 is too small"),
+    "set: beyond float": (lambda s: s.set("k", [10**400, 0, 0]), "key 'k'.*int too large"),
+    "nearest_neighbors: huge": (
+        lambda s: s.nearest_neighbors(1, vector=[10**400, 0, 0]),
+        "query.*int too large",
+    ),
+    "multi_nearest_neighbors: huge": (
+        lambda s: s.multi_nearest_neighbors(1, vectors=[[10**400, 0, 0]]),
+        "int too large",
+    ),
+    "multiset: None": (lambda s: s.multiset(None), "rows.*not None"),
+    "multiset: a number": (lambda s: s.multiset(5), "rows.*not 5"),
+    "set: a time in metadata": (
+        lambda s: s.set("k", [1, 0, 0], {"n": {"t": datetime.datetime(2024, 1, 1)}}),
+        "key 'k': metadata, field 'n', 't' is not JSON: datetime",
+    ),
+    "set: NaN in metadata": (
+        lambda s: s.set("k", [1, 0, 0], {"ok": 1, "a": [1, NAN]}),
+        "key 'k': metadata, field 'a' is not JSON",
+    ),
     "set: huge": (lambda s: s.set("k", [3e38, 3e38, 0]), "key 'k'.*too large"),
     "set: text": (lambda s: s.set("k", "abc"), "key 'k'.*numbers"),
     "set: empty key": (lambda s: s.set("", [1, 2, 3]), "1 to 1024 bytes"),
@@ -60,7 +81,7 @@ PYTHON = {
     "multiset: ragged": (lambda s: s.multiset(["a", "b"], [[1, 2, 3], [1, 2]]), "key 'b'"),
     "multiset: counts": (lambda s: s.multiset(["a"], np.ones((2, 3))), "1 keys, 2 vectors"),
     "multiset: no pair": (lambda s: s.multiset([("a",)]), "a row is"),
-    "multiset: a string": (lambda s: s.multiset("abc"), "not a string"),
+    "multiset: a string": (lambda s: s.multiset("abc"), "pairs of key and vector, not 'abc'"),
     "multiset: metadata": (lambda s: s.multiset([("a", [1, 2, 3], 5)]), "key 'a'.*metadata"),
     "multiget: unknown": (lambda s: s.multiget(["apple", "nope"]), "no key 'nope'"),
     "multiget: nothing": (lambda s: s.multiget([]), "empty batch"),
@@ -152,7 +173,11 @@ SQL = {
         "space 'fruit', key 'k': a vector of 3 dims is needed, this one has 2",
     ),
     "zero": ("INSERT INTO spaces.fruit VALUES ('k', '[0,0,0]')", "EH004", "key 'k'.*zero vector"),
-    "tiny": ("UPDATE spaces.fruit SET embedding = '[1e-30,0,0]'", "EH004", "key .*zero vector"),
+    "tiny": (
+        "UPDATE spaces.fruit SET embedding = '[1e-30,0,0]'",
+        "EH004",
+        "key .*1e-30 is too small",
+    ),
     "huge": ("INSERT INTO spaces.fruit VALUES ('k', '[3e38,0,0]')", "EH004", "too large"),
     "NaN": ("INSERT INTO spaces.fruit VALUES ('k', '[NaN,0,0]')", "22", "NaN not allowed"),
     "infinity": ("INSERT INTO spaces.fruit VALUES ('k', '[Infinity,0,0]')", "22", "infinite value"),
