@@ -255,7 +255,9 @@ def _call(
 def _relation(
     operations: Operations, operation: AttachEmbeddingIndexOp | DetachEmbeddingIndexOp
 ) -> str:
-    """Return the name of the table as SQL writes it."""
+    """Return the name of the table as SQL writes it; one with a dot is that already."""
+    if operation.options.get("schema") is None and "." in operation.table_name:
+        return operation.table_name
     quote = operations.get_context().dialect.identifier_preparer.quote
     schema = operation.options.get("schema")
     names = [operation.table_name] if schema is None else [schema, operation.table_name]

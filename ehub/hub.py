@@ -129,6 +129,7 @@ class Hub:
         column: str,
         name: str | None = None,
         *,
+        schema: str | None = None,
         metric: Metric | None = None,
         dims: SupportsIndex | None = None,
         M: int = 16,
@@ -139,7 +140,8 @@ class Hub:
 
         No row moves: the table goes on as it is, and triggers log which keys change. Its primary
         key, of one column (integers, uuid, text), gives the keys, its other columns are the
-        metadata. ``table`` is its name as SQL writes it, like ``public.documents``. The column is
+        metadata. ``table`` is its name as SQL writes it, like ``public.documents``; with a
+        ``schema`` both are the plain names, without quotes. The column is
         of pgvector's type ``vector`` or ``halfvec``; rows without an embedding are not in the
         space, and those that have no distance to anything are not found.
 
@@ -169,7 +171,11 @@ class Hub:
             values.as_number("target_recall", target_recall),
         ]
         with self._database.connection() as connection:
-            found = connection.execute("SELECT to_regclass(%s)::oid::bigint", [table]).fetchone()
+            found = connection.execute(
+                "SELECT to_regclass(CASE WHEN %(schema)s::text IS NULL THEN %(table)s ELSE"
+                " format('%%I.%%I', %(schema)s::text, %(table)s::text) END)::oid::bigint",
+                {"schema": schema, "table": table},
+            ).fetchone()
             if found is None or found[0] is None:
                 raise NotAttachableError(f"there is no table {table!r} that you may use")
             row = connection.execute(

@@ -253,6 +253,38 @@ BEGIN
     END IF;
 END $$;
 
+-- The metric of pgvector's indexes on a column, or on what is made of it, as e::halfvec(3072); NULL where there
+-- is none. Where they have several, or one that no space has, whoever attaches it is asked.
+CREATE OR REPLACE FUNCTION ehub.metric_of_indexes(relation regclass, number int) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    metrics text[];
+    others text;
+BEGIN
+    SELECT array_agg(DISTINCT m.metric ORDER BY m.metric) FILTER (WHERE m.metric IS NOT NULL),
+        min(format('%s (%s)', i.indexrelid::regclass, o.opcname)) FILTER (WHERE m.metric IS NULL)
+    INTO metrics, others
+    FROM pg_index AS i
+    JOIN pg_opclass AS o ON o.oid = i.indclass[0]
+    JOIN pg_am AS a ON a.oid = o.opcmethod
+    CROSS JOIN LATERAL (
+        SELECT (regexp_match(o.opcname, '_(l2|cosine|ip)_ops$'))[1]
+    ) AS m (metric)
+    WHERE i.indrelid = $1 AND a.amname IN ('hnsw', 'ivfflat') AND (
+        i.indkey[0] = $2 OR i.indkey[0] = 0 AND EXISTS (
+            SELECT FROM pg_depend AS d
+            WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+                AND d.refclassid = 'pg_class'::regclass AND d.refobjid = $1 AND d.refobjsubid = $2
+        )
+    );
+    IF cardinality(metrics) > 1 OR metrics IS NULL AND others IS NOT NULL THEN
+        RAISE EXCEPTION '%: which metric is meant? Its indexes are for %', $1,
+            coalesce(array_to_string(metrics, ' and '), others) USING ERRCODE = 'EH028',
+            HINT = 'metric => ''l2'', ''cosine'' or ''ip''';
+    END IF;
+    RETURN metrics[1];
+END $$;
+
 -- What of attaching a table needs the rights of ehub's owner, in a transaction that has locked the table.
 -- Returns the id of the version. For the owner of the table.
 CREATE OR REPLACE FUNCTION ehub.add_attached(
@@ -299,14 +331,7 @@ BEGIN
             );
     END IF;
     $3 := coalesce($3, shape.relname);
-    $4 := coalesce($4, (
-        SELECT CASE
-            WHEN o.opcname ~ 'cosine' THEN 'cosine' WHEN o.opcname ~ '_ip_' THEN 'ip' ELSE 'l2' END
-        FROM pg_index AS i JOIN pg_opclass AS o ON o.oid = i.indclass[0]
-        JOIN pg_am AS a ON a.oid = o.opcmethod
-        WHERE i.indrelid = $1 AND i.indkey[0] = col.number AND a.amname IN ('hnsw', 'ivfflat')
-        ORDER BY a.amname, i.indexrelid LIMIT 1
-    ), 'l2');
+    $4 := coalesce($4, ehub.metric_of_indexes($1, col.number), 'l2');
     PERFORM ehub.require_name('a space', $3, 40);
     PERFORM ehub.require_shape($3, $5, $4, $6, $7, $8);
     IF $5 <> col.dims THEN

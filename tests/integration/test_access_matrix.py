@@ -300,6 +300,7 @@ FUNCTIONS = {
             "has_unlogged_changes",
         ),
         *("counted_changes", "log_in_parts", "note_logged", "ask_by_dblink", "index_for_search"),
+        "metric_of_indexes",
         *("tend_triggers", "triggers_due", "wrong_triggers"),
         *("add_followers", "average_key", "averages_statement", "create_follower"),
         *("drop_followers", "follow", "followers", "hold_average", "like_of"),

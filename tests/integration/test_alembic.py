@@ -98,7 +98,7 @@ from alembic import op
 revision, down_revision = "two", "one"
 
 def upgrade():
-    op.attach_embedding_index("documents", "embedding")
+    op.attach_embedding_index("public.documents", "embedding")
     op.attach_embedding_index(
         "documents", "embedding", metric="cosine", name="directions", M=8, target_recall=0.9
     )
@@ -214,7 +214,7 @@ def test_migrations_as_sql(bare, application, tmp_path):
     migrated(bare, tmp_path)
     alembic.command.upgrade(config, "head", sql=True)
     script = config.output_buffer.getvalue()
-    assert "SELECT ehub.attach(CAST('documents' AS regclass), 'embedding')" in script
+    assert "SELECT ehub.attach(CAST('public.documents' AS regclass), 'embedding')" in script
     with psycopg.connect(bare, autocommit=True) as connection:
         connection.execute(script)
     assert spaces(bare) == MADE

@@ -1022,3 +1022,48 @@ def test_a_dump_with_attached_tables(embedded, elsewhere, tmp_path):
             other.detach("t")
             other.detach("p")
             assert traces(db)[:4] == (0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("indexes", "metric"),
+    [
+        (["hnsw (e vector_cosine_ops)"], "cosine"),
+        (["ivfflat (e vector_ip_ops)"], "ip"),
+        (["hnsw ((e::halfvec(3)) halfvec_cosine_ops)"], "cosine"),
+        (["hnsw ((e::halfvec(3)) halfvec_ip_ops) WHERE id > 5"], "ip"),
+        (["hnsw ((subvector(e, 1, 2)::vector(2)) vector_cosine_ops)"], "cosine"),
+        (["hnsw (e vector_cosine_ops)", "hnsw ((e::halfvec(3)) halfvec_cosine_ops)"], "cosine"),
+        (["hnsw ((binary_quantize(e)::bit(3)) bit_hamming_ops)", "hnsw (e vector_ip_ops)"], "ip"),
+        (["hnsw (other vector_cosine_ops)", "btree (id)"], "l2"),
+        (["hnsw ((other::halfvec(3)) halfvec_cosine_ops)"], "l2"),
+        ([], "l2"),
+        # What cannot be understood is asked for.
+        (["hnsw (e vector_l1_ops)"], "indexes are for .*vector_l1_ops"),
+        (
+            ["hnsw ((binary_quantize(e)::bit(3)) bit_hamming_ops)"],
+            "indexes are for .*bit_hamming_ops",
+        ),
+        (["hnsw (e vector_l2_ops)", "hnsw (e vector_cosine_ops)"], "indexes are for cosine and l2"),
+    ],
+)
+def test_the_metric_is_that_of_the_indexes(hub, db, indexes, metric):
+    db.execute("CREATE TABLE t (id int PRIMARY KEY, e vector(3), other vector(3))")
+    for index in indexes:
+        db.execute(f"CREATE INDEX ON t USING {index}")
+    if metric in ("l2", "cosine", "ip"):
+        assert hub.attach("t", "e").metric == metric
+    else:
+        with pytest.raises(ehub.NotAttachableError, match=metric):
+            hub.attach("t", "e")
+        assert hub.attach("t", "e", metric="cosine").metric == "cosine"
+
+
+def test_a_schema_is_named_in_either_way(hub, db):
+    db.execute(
+        'CREATE SCHEMA "Odd shop"; CREATE TABLE "Odd shop"."My items" (id int PRIMARY KEY, e vector(2))'
+    )
+    space = hub.attach("My items", "e", "first", schema="Odd shop")
+    hub.detach(space.name)
+    assert hub.attach('"Odd shop"."My items"', "e", "second").name == "second"
+    with pytest.raises(ehub.NotAttachableError, match="no table 'My items'"):
+        hub.attach("My items", "e", "third", schema="shop")
