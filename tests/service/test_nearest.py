@@ -7,7 +7,7 @@ import time
 import numpy as np
 import psycopg
 import pytest
-from oracle import check_neighbors, table
+from oracle import check_neighbors, distances, table
 
 import ehub
 from service.conftest import settled
@@ -182,8 +182,14 @@ def test_searches_beside_writers_are_right_rows(space, db, url):
     settled(db)
     db.execute("SET ehub.mode = 'index'")
     rows = table(db, "s")
+    # What is promised of recall is promised of many queries; one of them may miss two of its ten.
+    found = 0
     for query in vectors(20, 5):
-        check_neighbors(nearest(db, query, 10), rows, "l2", query, 10, recall=0.9)
+        near = nearest(db, query, 10)
+        check_neighbors(near, rows, "l2", query, 10, recall=0.5)
+        limit = sorted(distances("l2", query, np.stack(list(rows.values()))))[9]
+        found += sum(one.distance <= limit + 1e-4 for one in near)
+    assert found >= 0.9 * 200
 
 
 def test_what_the_index_has_not_seen_yet_decides_as_well(space, db, service):
