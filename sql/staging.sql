@@ -39,8 +39,8 @@ BEGIN
     WHERE s.key = d.key AND s.ordinal < d.latest;
 
     -- Who writes rows of the same averages may wait for this one while this one waits for it (see
-    -- ehub.create_follower): one of the two begins again.
-    FOR attempt IN 1 .. 5 LOOP
+    -- ehub.create_follower): one of the two begins again, at another moment than the others.
+    FOR attempt IN 1 .. 10 LOOP
         BEGIN
             EXECUTE format(
                 'INSERT INTO %s (key, embedding, metadata)'
@@ -61,9 +61,10 @@ BEGIN
             GET DIAGNOSTICS merged = ROW_COUNT;
             RETURN total + merged;
         EXCEPTION WHEN deadlock_detected THEN
-            IF attempt = 5 THEN
+            IF attempt = 10 THEN
                 RAISE;
             END IF;
+            PERFORM pg_sleep(0.05 * attempt * random());
         END;
     END LOOP;
 END $$;
